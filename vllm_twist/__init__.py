@@ -1,0 +1,50 @@
+"""Twisted sequential Monte Carlo inside vLLM.
+
+Importing this package (or merely having it installed) teaches vLLM the ``twist_*`` options; an
+engine that is given none of them behaves exactly as before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_twist.activation import activate
+
+__version__ = "0.1.0"
+#: The range of vLLM that the engine part supports, and the only place that says so.
+SUPPORTED_VLLM = ">=0.32,<0.33"
+
+if TYPE_CHECKING:
+    from vllm_twist.config import RequestConfig as RequestConfig
+    from vllm_twist.config import TwistConfig as TwistConfig
+    from vllm_twist.results import Particle as Particle
+    from vllm_twist.results import TwistResult as TwistResult
+    from vllm_twist.results import results as results
+    from vllm_twist.twist import TwistHead as TwistHead
+    from vllm_twist.twist import TwistHeadConfig as TwistHeadConfig
+
+_HOME = {
+    "RequestConfig": "config",
+    "TwistConfig": "config",
+    "Particle": "results",
+    "TwistResult": "results",
+    "results": "results",
+    "TwistHead": "twist",
+    "TwistHeadConfig": "twist",
+}
+__all__ = ["SUPPORTED_VLLM", "__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: every vLLM process imports this package, most of them for nothing.
+    if name in _HOME:
+        import importlib
+
+        # Through sys.modules, not through attribute access: `results` is a module and a function.
+        value = getattr(importlib.import_module(f"vllm_twist.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+activate()

@@ -1,0 +1,186 @@
+"""What a user may ask for: engine settings, request settings, and the checks on both.
+
+The names are the same everywhere: ``--twist-particles``, ``LLM(twist_particles=...)`` and the
+request key ``twist_particles``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_twist.kernels.reference import SCHEMES
+
+PREFIX = "twist"
+
+
+def _integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"`{name}` must be an integer of at least {low}, got {value!r}: pass a whole number."
+        )
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}: raise it to {low} or more.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{name}` must be a number, got {value!r}: pass a plain number.")
+    return float(value)
+
+
+def _particles(name: str, value: Any) -> int:
+    return _integer(name, value, 1)
+
+
+def _threshold(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(
+            f"`{name}` must lie in [0, inf), got {value!r}: 0 never resamples, 0.5 is the default, "
+            "1 resamples at every step."
+        )
+    return number
+
+
+def _scheme(name: str, value: Any) -> str:
+    if value not in SCHEMES:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(SCHEMES)}, got {value!r}{did_you_mean(value, SCHEMES)}."
+        )
+    return value
+
+
+def _scale(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(
+            f"`{name}` must be a finite number, got {value!r}: 1 is the twist as learned, 0 turns it off."
+        )
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value not in (0, 1):
+        raise ValueError(f"`{name}` must be 0 or 1 (false or true), got {value!r}: pass 0 or 1.")
+    return bool(value)
+
+
+def did_you_mean(word: Any, known: tuple[str, ...] | list[str]) -> str:
+    """Return ", did you mean 'x'?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _option(check: Any, help: str, **kwargs: Any) -> Any:
+    return field(metadata={"check": check, "help": help}, **kwargs)
+
+
+@dataclass(frozen=True)
+class RequestConfig:
+    """How one request is sampled; every value is checked on construction.
+
+    Attributes:
+        particles: K, the number of particles (lanes of the engine) that the request gets.
+        ess_threshold: resample when the effective sample size of the live particles falls below
+            this fraction of their number; 1 or more means at every step, 0 never.
+        resampling: one of ``SCHEMES``.
+        scale: factor on log psi; 0 samples from the base model.
+        return_particles: whether the result lists every particle.
+    """
+
+    particles: int = _option(_particles, "number of particles per completion", default=16)
+    ess_threshold: float = _option(
+        _threshold,
+        "resample when the effective sample size falls below this fraction of the live "
+        "particles; 1 or more: at every step, 0: never",
+        default=0.5,
+    )
+    resampling: str = _option(_scheme, f"resampling scheme: {', '.join(SCHEMES)}", default="systematic")
+    scale: float = _option(_scale, "factor on the log twist values", default=1.0)
+    return_particles: bool = _option(
+        _flag, "return every particle with its weight, not only the drawn one", default=False
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            name = f"{PREFIX}_{option.name}"
+            checked = option.metadata["check"](name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+
+    def override(self, extra_args: Mapping[str, Any] | None) -> RequestConfig | None:
+        """Return the settings of a request with these ``extra_args``; None if it turns twists off.
+
+        Raises:
+            ValueError: an unknown ``twist*`` key, a likely misspelling of a known one, or a value
+                out of range.
+        """
+        known = tuple(f"{PREFIX}_{option.name}" for option in dataclasses.fields(self))
+        changes: dict[str, Any] = {}
+        enabled = True
+        for key, value in (extra_args or {}).items():
+            if key == PREFIX:
+                enabled = _flag(key, value)
+            elif key in known:
+                changes[key.removeprefix(f"{PREFIX}_")] = value
+            elif key.startswith(PREFIX) or difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+                raise ValueError(
+                    f"unknown request key `{key}`{did_you_mean(key, known)} "
+                    f"Known keys: {PREFIX}, {', '.join(known)}."
+                )
+        settings = dataclasses.replace(self, **changes)
+        return settings if enabled else None
+
+
+@dataclass(frozen=True)
+class TwistConfig:
+    """Engine settings: the head that gives the twist values, and the defaults for requests.
+
+    Attributes:
+        head: folder or hub id of a saved ``TwistHead``.
+        defaults: what a request gets where it does not say otherwise.
+    """
+
+    head: str
+    defaults: RequestConfig = field(default_factory=RequestConfig)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TwistConfig:
+        """Build from ``twist_*`` keywords, those left at None meaning "as by default".
+
+        Raises:
+            ValueError: an unknown keyword, a value out of range, or settings without a head.
+        """
+        known = option_names()
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"unknown option `{key}`{did_you_mean(key, known)} Known options: {', '.join(known)}."
+                )
+        given = {key.removeprefix(f"{PREFIX}_"): v for key, v in options.items() if v is not None}
+        head = given.pop("head", None)
+        if not head:
+            raise ValueError(
+                f"`{PREFIX}_head` is missing, got only {', '.join(f'{PREFIX}_{k}' for k in given)}: "
+                "pass the folder or hub id of a twist head, or drop the other options."
+            )
+        return cls(head=str(head), defaults=RequestConfig(**given))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, the inverse of ``from_dict``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TwistConfig:
+        """Rebuild from ``to_dict``."""
+        return cls(head=values["head"], defaults=RequestConfig(**values["defaults"]))
+
+
+def option_names() -> tuple[str, ...]:
+    """Return every ``twist_*`` keyword that an engine takes."""
+    return (f"{PREFIX}_head", *(f"{PREFIX}_{option.name}" for option in dataclasses.fields(RequestConfig)))

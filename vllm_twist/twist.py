@@ -1,0 +1,271 @@
+"""Twist heads: learned log psi_t(s_1:t) read from the hidden state of the prefix.
+
+    log psi_t(s_1:t) = head(h_{t-1})[s_t]
+
+h_{t-1} is the final hidden state that feeds the LM head at the position of s_{t-1}, so one
+evaluation values every possible next token (Zhao et al. 2024, App. G.1). The scale and the
+constant of log psi at each t are free: a constant per step cancels in the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vllm_twist.config import did_you_mean
+
+CONFIG_NAME = "twist_config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+LMHead = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TwistHeadConfig:
+    """Shape of a head: ``head_type``, ``hidden_size`` H, ``vocab_size`` V, and ``rank`` r where used."""
+
+    head_type: str
+    hidden_size: int
+    vocab_size: int
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = tuple(TwistHead.kinds)
+        if self.head_type not in kinds:
+            raise ValueError(
+                f"`head_type` must be one of {', '.join(kinds)}, got {self.head_type!r}"
+                f"{did_you_mean(self.head_type, kinds)}"
+            )
+        for name in ("hidden_size", "vocab_size", "rank"):
+            value = getattr(self, name)
+            if name == "rank" and value is None and not TwistHead.kinds[self.head_type].uses_rank:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`{name}` of a {self.head_type} head must be a positive integer, got {value!r}: "
+                    f"set it in {CONFIG_NAME}."
+                )
+
+
+class TwistHead(nn.Module, ABC):
+    """Map hidden states [N, H] to log twist values [N, V].
+
+    Build one with ``TwistHead.create(TwistHeadConfig(...))``; load with ``from_pretrained``.
+    """
+
+    kinds: ClassVar[dict[str, type[TwistHead]]] = {}
+    uses_rank: ClassVar[bool] = False
+
+    config: TwistHeadConfig
+
+    def __init_subclass__(cls, kind: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        TwistHead.kinds[kind] = cls
+
+    def __init__(self, config: TwistHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def create(config: TwistHeadConfig, *, seed: int = 0) -> TwistHead:
+        """Return a fresh head with log psi close to 0 (Glorot-normal weights, zero biases)."""
+        head = TwistHead.kinds[config.head_type](config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in head.parameters():
+            if parameter.ndim == 2:
+                nn.init.xavier_normal_(parameter, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+        return head
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        """Return log psi [N, V] for hidden states [N, H] (nats).
+
+        Args:
+            hidden: final hidden states of the prefixes.
+            lm_head: hidden states to logits, needed by ``tied`` heads only.
+        """
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``twist_config.json`` and ``model.safetensors`` into ``folder`` (made if missing)."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {key: value for key, value in asdict(self.config).items() if value is not None}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> TwistHead:
+        """Load a head from a folder or a hub repository, in ``dtype`` if given.
+
+        Raises:
+            ValueError: a missing or malformed file, tensors that do not match the config, or
+                values that are not finite in ``dtype``.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config = load_config(path)
+        weights_path = _fetch(path, WEIGHTS_NAME)
+        head = TwistHead.kinds[config.head_type](config)
+        try:
+            state = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"`twist_head` {str(path)!r}: {WEIGHTS_NAME} is malformed ({error}): save it anew.") from error
+        expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if expected != got:
+            raise ValueError(
+                f"`twist_head` {str(path)!r}: {WEIGHTS_NAME} holds {got}, but its {CONFIG_NAME} calls for "
+                f"{expected}: make the two agree."
+            )
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"`twist_head` {str(path)!r}: tensor {name} has dtype {tensor.dtype}, expected a "
+                    "floating-point one: save the head unquantised."
+                )
+            if not torch.isfinite(tensor.to(dtype or tensor.dtype)).all():
+                raise ValueError(
+                    f"`twist_head` {str(path)!r}: tensor {name} is not finite in {dtype or tensor.dtype}: "
+                    "train it again, or serve the model in a dtype of wider range."
+                )
+        head.load_state_dict(state)
+        return head.to(dtype) if dtype is not None else head
+
+    def check_fits(self, hidden_size: int, vocab_size: int) -> None:
+        """Raise ValueError, with both numbers, unless the head fits a model of this shape."""
+        check_fits(self.config, hidden_size, vocab_size)
+
+
+def check_fits(config: TwistHeadConfig, hidden_size: int, vocab_size: int) -> None:
+    """Raise ValueError, with both numbers, unless a head of this config fits the model."""
+    for name, model_value in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        head_value = getattr(config, name)
+        if head_value != model_value:
+            raise ValueError(
+                f"`twist_head` does not fit the model: its {name} is {head_value}, the model's is "
+                f"{model_value}: use a head trained on this model."
+            )
+
+
+class LinearHead(TwistHead, kind="linear"):
+    """log psi = W h + b, with ``weight`` [V, H] and ``bias`` [V]."""
+
+    def __init__(self, config: TwistHeadConfig) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+class MLPHead(TwistHead, kind="mlp"):
+    """Three linear layers H -> H -> H -> V with ReLU between them (App. G.1 of the paper)."""
+
+    def __init__(self, config: TwistHeadConfig) -> None:
+        super().__init__(config)
+        h, v = config.hidden_size, config.vocab_size
+        self.layers = nn.ModuleList([nn.Linear(h, h), nn.Linear(h, h), nn.Linear(h, v)])
+
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        first, second, last = self.layers
+        return last(torch.relu(second(torch.relu(first(hidden)))))
+
+
+class LowRankHead(TwistHead, kind="low_rank"):
+    """log psi = U D h + b with ``down`` D [r, H] and ``up`` U [V, r]: megabytes at V = 128k."""
+
+    uses_rank = True
+
+    def __init__(self, config: TwistHeadConfig) -> None:
+        super().__init__(config)
+        self.down = nn.Parameter(torch.empty(config.rank, config.hidden_size))
+        self.up = nn.Parameter(torch.empty(config.vocab_size, config.rank))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(hidden, self.down), self.up, self.bias)
+
+
+class TiedHead(TwistHead, kind="tied"):
+    """log psi = LMHead(u(h)), u(h) = U relu(D h): an update of the hidden state read out by the LM head.
+
+    Costs r * 2H parameters whatever the vocabulary. In the engine ``u(h)`` travels through the
+    LM head in the same matrix product as h itself (``update``).
+    """
+
+    uses_rank = True
+
+    def __init__(self, config: TwistHeadConfig) -> None:
+        super().__init__(config)
+        self.down = nn.Parameter(torch.empty(config.rank, config.hidden_size))
+        self.down_bias = nn.Parameter(torch.empty(config.rank))
+        self.up = nn.Parameter(torch.empty(config.hidden_size, config.rank))
+
+    def update(self, hidden: Tensor) -> Tensor:
+        """Return u(h) [N, H] for h [N, H]."""
+        return nn.functional.linear(
+            torch.relu(nn.functional.linear(hidden, self.down, self.down_bias)), self.up
+        )
+
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        if lm_head is None:
+            raise ValueError("`lm_head` is missing: a tied head is read out through the model's LM head, pass it.")
+        return lm_head(self.update(hidden))
+
+
+def _fetch(path: str | Path, name: str) -> Path:
+    """Return the local file ``name`` of a folder, or of a hub repository (downloaded if need be)."""
+    if Path(path).is_dir():
+        found = Path(path) / name
+        if not found.is_file():
+            raise ValueError(
+                f"`twist_head` {str(path)!r} has no {name}: pass a folder written by TwistHead.save_pretrained."
+            )
+        return found
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(str(path), name))
+    except (OSError, HFValidationError) as error:  # every hub failure is an OSError: absent, gated, offline
+        raise ValueError(
+            f"`twist_head` {str(path)!r} is neither a local folder nor a hub repository with {name} "
+            f"({type(error).__name__}): check the name, and the connection if it is a hub id."
+        ) from error
+
+
+def load_config(path: str | Path) -> TwistHeadConfig:
+    """Read ``twist_config.json`` of a head without its weights.
+
+    Raises:
+        ValueError: the file is missing or malformed, or a key is unknown or missing.
+    """
+    config_path = _fetch(path, CONFIG_NAME)
+    where = f"`twist_head` {str(path)!r}: {CONFIG_NAME}"
+    try:
+        values = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): save the head anew.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold an object, got {type(values).__name__}: save the head anew.")
+    known = tuple(TwistHeadConfig.__dataclass_fields__)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}.")
+    missing = [key for key in ("head_type", "hidden_size", "vocab_size") if key not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: add it.")
+    return TwistHeadConfig(**values)
