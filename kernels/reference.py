@@ -39,7 +39,7 @@ def stream_keys(seeds: Tensor, stream: int, positions: Tensor, lanes: Tensor) ->
     device or what was drawn before.
     """
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    key = _mix64(seeds + golden * (stream + 1))
+    key = _mix64(_mix64(seeds * golden) ^ (stream + 1))
     key = _mix64(key ^ (positions * golden))
     return _mix64(key ^ (lanes + golden))
 
@@ -57,16 +57,18 @@ def _scramble32_(x: Tensor) -> Tensor:
 
 
 def counter_uniforms(keys: Tensor, n: int) -> Tensor:
-    """Return float32 uniforms [N, n] on (0, 1]: entry (i, j) depends on (keys[i], j) alone.
+    """Return float32 uniforms [N, n] on (0, 1), both ends excluded: entry (i, j) depends on (keys[i], j) alone.
 
-    Values near 0 are resolved to 2**-33; values within 2**-25 of 1 round to 1.
+    Values near 0 are resolved to 2**-33; the largest is 1 - 2**-24.
     """
     counters = torch.arange(n, dtype=torch.int64, device=keys.device)
     low, high = keys & _MASK32, _shift_right(keys, 32)
     words = _scramble32_(counters.mul(0x9E3779B9).add(low[:, None]).bitwise_and_(_MASK32))
     words ^= high[:, None]
     words = _scramble32_(words)
-    return words.to(torch.float32).add_(0.5).mul_(2.0**-32)
+    # A factor one ulp below 2**-32: words that round to 2**32 would give 1, and 1 a noise of -inf,
+    # with which an allowed token ties with a forbidden one.
+    return words.to(torch.float32).add_(0.5).mul_(2.0**-32 - 2.0**-56)
 
 
 def twist_softmax(logits: Tensor, log_psi: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -194,7 +196,7 @@ def resample(
         allowed & sound & (n >= 2) & ((ess < thresholds * n) | (thresholds >= 1.0))
     )
     weights = torch.where(sound[:, None], torch.exp(masked - lse), 0.0)
-    # Uniforms may round to one; a point at one would lie beyond every weight.
+    # A caller's uniforms may round to one; a point at one would lie beyond every weight.
     counts = _offspring(weights, live, schemes, uniforms.to(torch.float64).clamp(max=1 - 2.0**-53))
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_twist.activation import activate
 
+# At once: the module and the function share a name, and the function has to win.
+from vllm_twist.results import Particle as Particle
+from vllm_twist.results import TwistResult as TwistResult
+from vllm_twist.results import results as results
+
 __version__ = "0.1.0"
 #: The range of vLLM that the engine part supports, and the only place that says so.
 SUPPORTED_VLLM = ">=0.32,<0.33"
@@ -17,22 +22,16 @@ SUPPORTED_VLLM = ">=0.32,<0.33"
 if TYPE_CHECKING:
     from vllm_twist.config import RequestConfig as RequestConfig
     from vllm_twist.config import TwistConfig as TwistConfig
-    from vllm_twist.results import Particle as Particle
-    from vllm_twist.results import TwistResult as TwistResult
-    from vllm_twist.results import results as results
     from vllm_twist.twist import TwistHead as TwistHead
     from vllm_twist.twist import TwistHeadConfig as TwistHeadConfig
 
 _HOME = {
     "RequestConfig": "config",
     "TwistConfig": "config",
-    "Particle": "results",
-    "TwistResult": "results",
-    "results": "results",
     "TwistHead": "twist",
     "TwistHeadConfig": "twist",
 }
-__all__ = ["SUPPORTED_VLLM", "__version__", *_HOME]
+__all__ = ["SUPPORTED_VLLM", "Particle", "TwistResult", "__version__", "results", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,7 +39,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         import importlib
 
-        # Through sys.modules, not through attribute access: `results` is a module and a function.
         value = getattr(importlib.import_module(f"vllm_twist.{_HOME[name]}"), name)
         globals()[name] = value
         return value

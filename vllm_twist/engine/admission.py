@@ -1,0 +1,144 @@
+"""Which requests are twisted, and whether they can be served: checked before the engine sees them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_twist.config import TwistConfig
+from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
+
+#: Key under which an admitted request's settings travel in ``SamplingParams.extra_args``.
+GROUP_KEY = "twist_group"
+# Temperatures below this are greedy to vLLM.
+_GREEDY = 1e-5
+
+
+class TwistValidationError(VLLMValidationError, ValueError):
+    """A request that cannot be twisted as asked: a ``ValueError`` offline, HTTP 400 on the server."""
+
+
+def fit_length(
+    prompt_len: int,
+    max_tokens: int,
+    particles: int,
+    *,
+    max_model_len: int,
+    block_size: int,
+    num_blocks: int,
+    share_prompt: bool,
+) -> int:
+    """Return the length (prompt included) up to which the group's particles may grow.
+
+    A request without a ``max_tokens`` of its own (it reaches to the end of the context) is cut to
+    what its particles fit into, as if the context ended there.
+
+    Raises:
+        ValueError: the group could never fit into the KV cache.
+    """
+    length = min(prompt_len + max_tokens, max_model_len)
+    needed = blocks_at_length(prompt_len, length, particles, block_size, share_prompt)
+    if needed <= num_blocks:
+        return length
+    open_ended = prompt_len + max_tokens >= max_model_len
+    longest = longest_that_fits(prompt_len, particles, block_size, num_blocks, share_prompt)
+    if open_ended and longest > prompt_len:
+        return longest
+    raise ValueError(
+        f"`twist_particles`={particles} can never fit into the KV cache: a prompt of {prompt_len} and "
+        f"`max_tokens`={max_tokens} need up to {needed} blocks of {block_size} tokens, the cache has "
+        f"{num_blocks}: lower `twist_particles` or `max_tokens`, or give the engine more KV cache."
+    )
+
+
+def neutral_params(params: Any, extra_args: dict[str, Any]) -> Any:
+    """Return parameters for a lane: whatever p0's processors need, and nothing that samples.
+
+    Top-k and top-p are applied before the twist, the token is drawn with the group's own noise,
+    and logprobs follow the particle's lineage, so the engine's sampler must do none of these.
+    """
+    lane = copy.copy(params)
+    # Cached by vLLM; it depends on the seed.
+    getattr(lane, "__dict__", {}).pop("sampling_type", None)
+    lane.n = 1
+    lane.seed = None
+    lane.top_k = 0
+    lane.top_p = 1.0
+    lane.logprobs = None
+    lane.extra_args = extra_args
+    return lane
+
+
+def _refuse(name: str, got: Any, remedy: str) -> None:
+    raise ValueError(f"`{name}` is not supported together with a twist, got {got!r}: {remedy}.")
+
+
+def _check_params(params: Any) -> None:
+    """Refuse sampling parameters that a twisted request cannot honour."""
+    untwist = "drop it, or send `twist`=0 for plain sampling"
+    if params.temperature < _GREEDY:
+        raise ValueError(
+            f"`temperature` must be above 0 with a twist, got {params.temperature}: the target is a "
+            "distribution; raise the temperature, or send `twist`=0 for greedy decoding."
+        )
+    if params.structured_outputs is not None:
+        _refuse("structured_outputs", params.structured_outputs, untwist)
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids", "logprob_token_ids", "trace_decode_token_ids"):
+        value = getattr(params, name)
+        if value:
+            _refuse(name, value, untwist)
+    for name in ("thinking_token_budget", "repetition_detection"):
+        value = getattr(params, name)
+        if value is not None:
+            _refuse(name, value, untwist)
+
+
+def admit(vllm_config: Any, request: Any) -> None:
+    """Check a processed request against the engine and mark it as twisted, or leave it plain.
+
+    Args:
+        vllm_config: the engine's ``VllmConfig``, twist settings in ``additional_config``.
+        request: the ``EngineCoreRequest``; its private copy of the sampling parameters is marked.
+
+    Raises:
+        TwistValidationError: naming the argument, what it got, what it takes and the remedy.
+    """
+    params = request.sampling_params
+    if params is None:
+        return
+    config = TwistConfig.from_dict(vllm_config.additional_config["twist"])
+    try:
+        settings = config.defaults.override(params.extra_args)
+        if settings is None:
+            return
+        _check_params(params)
+        if request.resumable:
+            _refuse("resumable", True, "send the whole prompt at once")
+        if request.prompt_embeds is not None:
+            _refuse("prompt_embeds", "embeddings", "send token ids or text")
+        if request.mm_features:
+            _refuse("multi_modal_data", "multi-modal input", "send text only, or `twist`=0")
+        slots = vllm_config.scheduler_config.max_num_seqs
+        if settings.particles > slots:
+            raise ValueError(
+                f"`twist_particles` must be at most `max_num_seqs`={slots}, got {settings.particles}: lower it, "
+                "or start the engine with a larger `max_num_seqs`."
+            )
+        cache = vllm_config.cache_config
+        engines = vllm_config.parallel_config.data_parallel_size
+        fit_length(
+            len(request.prompt_token_ids),
+            params.max_tokens,
+            settings.particles,
+            max_model_len=vllm_config.model_config.max_model_len,
+            block_size=cache.block_size,
+            # One block is vLLM's null block.
+            num_blocks=cache.num_gpu_blocks // engines - 1,
+            share_prompt=bool(cache.enable_prefix_caching),
+        )
+    except ValueError as error:
+        raise TwistValidationError(str(error)) from error
+    params.extra_args = {**(params.extra_args or {}), GROUP_KEY: dataclasses.asdict(settings)}

@@ -1,0 +1,253 @@
+"""Lanes on the worker: their settings and their SMC state, and one weigh-resample-sample step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_twist.kernels import reference
+
+#: Key of a lane's ``LaneSpec`` in its ``SamplingParams.extra_args``.
+LANE_KEY = "twist_lane"
+
+
+@dataclass(frozen=True)
+class LaneSpec:
+    """What the worker needs to know of a lane; travels in its sampling parameters.
+
+    ``top_k`` and ``top_p`` belong to p0 and are applied here, before the twist, instead of by
+    vLLM's sampler, which would apply them after it.
+    """
+
+    lane_id: str
+    group_id: str
+    index: int
+    seed: int
+    last_position: int
+    ess_threshold: float
+    scheme: int
+    scale: float
+    top_k: int = 0
+    top_p: float = 1.0
+    num_logprobs: int | None = None
+
+
+@dataclass
+class TwistStep:
+    """What one step did to the lanes in the batch; the scheduler mirrors it.
+
+    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w`` and
+    ``log_p`` hold for the particle each lane carries after the step. ``resampled`` and ``failed``
+    name groups; a failed group has weights that are NaN, +inf or all zero.
+    """
+
+    lane_ids: list[str]
+    ancestors: list[int]
+    log_w: list[float]
+    log_p: list[float]
+    resampled: list[str]
+    failed: list[str]
+    logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
+
+    def forks(self) -> list[tuple[str, str]]:
+        """Return (child, parent) for every lane that was replaced."""
+        return [
+            (self.lane_ids[child], self.lane_ids[parent])
+            for child, parent in enumerate(self.ancestors)
+            if child != parent
+        ]
+
+
+class _Layout:
+    """Index tensors for one composition of the batch: L lanes in G groups of at most K."""
+
+    def __init__(self, rows: list[int], specs: list[LaneSpec], slots: list[int], device: torch.device) -> None:
+        def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.rows, self.slots = tensor(rows), tensor(slots)
+        self.specs = specs
+        self.seeds = tensor([spec.seed for spec in specs])
+        self.lanes = tensor([spec.index for spec in specs])
+        self.last = tensor([spec.last_position for spec in specs])
+        self.scale = tensor([spec.scale for spec in specs], torch.float32)[:, None]
+        self.scaled = any(spec.scale != 1.0 for spec in specs)
+        top_k = [spec.top_k if spec.top_k > 0 else 2**31 - 1 for spec in specs]
+        self.top_k = tensor(top_k, torch.int32) if any(spec.top_k > 0 for spec in specs) else None
+        top_p = [spec.top_p for spec in specs]
+        self.top_p = tensor(top_p, torch.float32) if min(top_p) < 1 else None
+
+        members: dict[str, list[int]] = {}
+        for position, spec in enumerate(specs):
+            members.setdefault(spec.group_id, []).append(position)
+        self.groups = list(members)
+        width = max(map(len, members.values()))
+        # Slots that a group does not use point at its first lane and are never live.
+        self.members = tensor([group + group[:1] * (width - len(group)) for group in members.values()])
+        self.live = tensor([[i < len(group) for i in range(width)] for group in members.values()], torch.bool)
+        firsts = [specs[group[0]] for group in members.values()]
+        self.thresholds = tensor([spec.ess_threshold for spec in firsts], torch.float64)
+        self.schemes = tensor([spec.scheme for spec in firsts])
+        self.group_seeds = tensor([spec.seed for spec in firsts])
+
+
+class LaneTable:
+    """SMC state of all lanes on the worker, one slot each, and the step that advances it.
+
+    A lane keeps its slot, and so its weight, while it is out of the batch (held or preempted);
+    ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does.
+    """
+
+    def __init__(self, device: torch.device, truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> None:
+        self.device = device
+        self.truncate = truncate
+        self.slots: dict[str, int] = {}
+        self.group_sizes: dict[str, int] = {}
+        self._free: list[int] = []
+        self._groups: dict[str, str] = {}
+        self.log_w = torch.zeros(0, device=device)
+        self.log_psi = torch.zeros(0, device=device)
+        self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
+        self.position = torch.zeros(0, device=device, dtype=torch.int64)
+        self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
+
+    def add(self, spec: LaneSpec) -> None:
+        """Give a lane a slot with fresh state; a lane that has one keeps it."""
+        if spec.lane_id in self.slots:
+            return
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self.slots[spec.lane_id] = slot
+        self._groups[spec.lane_id] = spec.group_id
+        self.group_sizes[spec.group_id] = self.group_sizes.get(spec.group_id, 0) + 1
+        for state in (self.log_w, self.log_psi, self.log_p, self.position):
+            state[slot] = 0
+
+    def release(self, lane_ids: Iterable[str]) -> None:
+        """Free the slots of lanes whose particles have ended; others are ignored."""
+        for lane_id in lane_ids:
+            slot = self.slots.pop(lane_id, None)
+            if slot is None:
+                continue
+            self._free.append(slot)
+            group_id = self._groups.pop(lane_id)
+            self.group_sizes[group_id] -= 1
+            if not self.group_sizes[group_id]:
+                del self.group_sizes[group_id]
+
+    def _grow(self) -> None:
+        size = len(self.log_w)
+        more = max(size, 64)
+        for name in ("log_w", "log_psi", "log_p", "position"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(more)]))
+        self._free.extend(range(size + more - 1, size - 1, -1))
+
+    def _lay_out(self, rows: list[int], specs: list[LaneSpec]) -> _Layout:
+        if self._layout is None or self._layout[0] != rows or self._layout[1] != specs:
+            slots = [self.slots[spec.lane_id] for spec in specs]
+            self._layout = rows, specs, _Layout(rows, specs, slots, self.device)
+        return self._layout[2]
+
+    def step(
+        self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi_of: Callable[[Tensor], Tensor]
+    ) -> TwistStep:
+        """Weigh, resample, then sample one token for every lane in the batch.
+
+            log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
+            ancestors, log_w = resample(log_w)           if all live lanes are here, 1 < t < last
+            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor
+
+        With the twist-induced proposal the weight does not depend on the token drawn, so it is
+        complete before the draw, and children of one parent draw different tokens.
+
+        Args:
+            logits: [N, V] float32, after temperature and every logits processor; the rows of the
+                lanes are overwritten so that the engine's sampler can only pick the drawn token.
+            rows: row of each lane, [L].
+            specs: the lanes' settings, aligned with ``rows``.
+            log_psi_of: rows [L] -> log psi_t(prefix, .) [L, V].
+
+        Returns:
+            what the scheduler has to mirror.
+        """
+        layout = self._lay_out(rows, specs)
+        slots, members = layout.slots, layout.members
+        base = self.truncate(logits[layout.rows], layout.top_k, layout.top_p)
+        log_psi = log_psi_of(layout.rows).to(torch.float32)
+        if layout.scaled:
+            log_psi = log_psi * layout.scale
+
+        self.position[slots] += 1
+        position = self.position[slots]
+        lse0, lse_psi = reference.twist_softmax(base, log_psi)
+        log_w = self.log_w[slots] + (lse_psi - lse0 - self.log_psi[slots])
+
+        # A group resamples when all its live lanes are here, at the same token, neither at the
+        # first token (equal weights) nor at the last (it would only add noise).
+        complete = torch.tensor(
+            [self.group_sizes[group] for group in layout.groups], device=self.device
+        ) == layout.live.sum(-1)
+        at = position[members]
+        aligned = (at == at[:, :1]).all(-1)
+        inside = (at[:, 0] > 1) & (at[:, 0] < layout.last[members[:, 0]])
+        keys = reference.stream_keys(
+            layout.group_seeds, reference.RESAMPLE_STREAM, at[:, 0], torch.zeros_like(layout.group_seeds)
+        )
+        picked, new_log_w, ess, resampled = reference.resample(
+            log_w[members],
+            layout.live,
+            complete & aligned & inside,
+            layout.thresholds,
+            layout.schemes,
+            reference.counter_uniforms(keys, members.shape[1]),
+        )
+        live = layout.live
+        ancestors = torch.empty_like(slots)
+        ancestors[members[live]] = members.gather(1, picked)[live]
+        log_w[members[live]] = new_log_w[live]
+
+        keys = reference.stream_keys(layout.seeds, reference.TOKEN_STREAM, position, layout.lanes)
+        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
+        log_p = self.log_p[slots][ancestors] + token_log_p
+        self.log_w[slots] = log_w
+        self.log_p[slots] = log_p
+        # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
+        self.log_psi[slots] = torch.where(torch.isfinite(token_log_psi), token_log_psi, 0.0)
+
+        logits[layout.rows] = float("-inf")
+        logits[layout.rows, token] = 0.0
+        return TwistStep(
+            lane_ids=[spec.lane_id for spec in specs],
+            ancestors=ancestors.tolist(),
+            log_w=log_w.tolist(),
+            log_p=log_p.tolist(),
+            resampled=[group for group, yes in zip(layout.groups, resampled.tolist(), strict=True) if yes],
+            failed=[group for group, value in zip(layout.groups, ess.tolist(), strict=True) if value != value],
+            logprobs=self._logprobs(specs, base, lse0, ancestors, token),
+        )
+
+    def _logprobs(
+        self, specs: list[LaneSpec], base: Tensor, lse0: Tensor, ancestors: Tensor, token: Tensor
+    ) -> dict[str, tuple[list[int], list[float], int]]:
+        """Return (token ids, log p0, rank) of the drawn token and the top ones, where asked for."""
+        wanted = [i for i, spec in enumerate(specs) if spec.num_logprobs is not None]
+        if not wanted:
+            return {}
+        index = torch.tensor(wanted, device=self.device)
+        log_p = (base[ancestors[index]] - lse0[ancestors[index], None])
+        drawn = token[index, None]
+        drawn_log_p = log_p.gather(1, drawn)
+        most = max(specs[i].num_logprobs for i in wanted)
+        top = log_p.topk(min(most, log_p.shape[-1]), dim=-1)
+        ids = torch.cat([drawn, top.indices], dim=1).tolist()
+        values = torch.cat([drawn_log_p, top.values], dim=1).tolist()
+        ranks = (log_p >= drawn_log_p).sum(-1).tolist()
+        return {
+            specs[i].lane_id: (ids[j][: specs[i].num_logprobs + 1], values[j][: specs[i].num_logprobs + 1], ranks[j])
+            for j, i in enumerate(wanted)
+        }

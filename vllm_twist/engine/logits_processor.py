@@ -1,0 +1,61 @@
+"""The step inside vLLM's sampler (Model Runner V1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, LaneTable, TwistStep
+
+
+def _lane_spec(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> LaneSpec | None:
+    return (params.extra_args or {}).get(LANE_KEY)
+
+
+class TwistLogitsProcessor(LogitsProcessor):
+    """Draw the tokens of all lanes in the batch and leave every other row alone.
+
+    The worker attaches ``log_psi_of`` (rows to log twist values) and ``is_partial`` (whether a
+    row belongs to an unfinished prefill, whose logits mean nothing), and takes ``last_step``.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.table = LaneTable(device, apply_top_k_top_p)
+        self.specs: dict[int, LaneSpec] = {}
+        self.rows: list[int] = []
+        self.log_psi_of: Callable[[Tensor], Tensor] | None = None
+        self.is_partial: Callable[[int], bool] = lambda row: False
+        self.last_step: TwistStep | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        """Ask to run after temperature, penalties and min-p, which all belong to p0.
+
+        vLLM skips such processors only in all-greedy batches, in which no lane can be.
+        """
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if process_dict_updates(self.specs, batch_update, _lane_spec):
+            self.rows = sorted(self.specs)
+            for spec in self.specs.values():
+                self.table.add(spec)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        self.last_step = None
+        rows = [row for row in self.rows if not self.is_partial(row)]
+        if rows and self.log_psi_of is not None:
+            specs = [self.specs[row] for row in rows]
+            self.last_step = self.table.step(logits, rows, specs, self.log_psi_of)
+        return logits
+
+    def take_step(self) -> TwistStep | None:
+        """Return what the last step did, once."""
+        step, self.last_step = self.last_step, None
+        return step

@@ -1,0 +1,548 @@
+"""Particle groups in vLLM's scheduler: gang admission, lockstep, forks, withheld outputs."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_twist.config import RequestConfig
+from vllm_twist.engine.admission import GROUP_KEY, fit_length, neutral_params
+from vllm_twist.engine.groups import Group, Lane
+from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, TwistStep
+from vllm_twist.kernels.reference import SCHEMES
+from vllm_twist.results import RESULT_KEY
+
+logger = init_logger(__name__)
+
+
+class TwistSchedulerMixin:
+    """Runs particle groups on top of a vLLM scheduler, through its own queues and KV manager.
+
+    A twisted request enters as one lane, the leader. When its prompt has been computed the other
+    lanes are created from the leader's KV blocks and join through the path for waiting requests
+    that already hold KV. From then on every lane is an ordinary request to the base scheduler;
+    this class decides when a group may enter, keeps its lanes in step, applies the worker's forks
+    to tokens and block tables, and turns the lanes' outputs into one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kv_groups = self.kv_cache_config.kv_cache_groups
+        if len(kv_groups) != 1 or type(kv_groups[0].kv_cache_spec) is not FullAttentionSpec:
+            kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in kv_groups)
+            raise ValueError(
+                f"`twist_head` needs a model with one KV cache group of full attention, this one has "
+                f"{len(kv_groups)} ({kinds}): use another model, or serve this one without a twist head."
+            )
+        self.block_tables = self.kv_cache_manager.coordinator.single_type_managers[0]
+        self.block_pool = self.kv_cache_manager.block_pool
+        #: Twisted requests by the client's request id, from arrival to their one output.
+        self.groups: dict[str, Group] = {}
+        #: The group of every lane that the base scheduler knows.
+        self.group_of: dict[str, Group] = {}
+        #: Requests not yet handed to the base scheduler; a group is represented by its leader.
+        self.staged = create_request_queue(self.policy)
+        #: Final outputs made between steps.
+        self.ready: list[tuple[int, EngineCoreOutput]] = []
+
+    # ---- entering -------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        fields = (params.extra_args or {}).get(GROUP_KEY) if params is not None else None
+        if fields is not None:
+            self._add_group(request, fields)
+        elif self.groups and not request.resumable and request.request_id not in self.requests:
+            self.staged.add_request(request)
+        else:
+            super().add_request(request)
+
+    def _add_group(self, request: Request, fields: dict[str, Any]) -> None:
+        settings = RequestConfig(**fields)
+        seed = request.sampling_params.seed
+        group = Group(
+            leader=request, settings=settings, seed=random.getrandbits(62) if seed is None else seed % 2**62
+        )
+        try:
+            length = fit_length(
+                request.num_prompt_tokens,
+                request.max_tokens,
+                settings.particles,
+                max_model_len=self.max_model_len,
+                block_size=self.block_tables.block_size,
+                num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
+                share_prompt=self.kv_cache_manager.enable_caching,
+            )
+        except ValueError as error:
+            # Refused at the frontend already, unless its view of the cache was too rosy.
+            self.ready.append(_failure(group, str(error)))
+            return
+        request.max_tokens = group.last_position = length - request.num_prompt_tokens
+        request.sampling_params = self._lane_params(group, request.sampling_params, 0)
+        group.lanes[group.id] = Lane(request)
+        self.groups[group.id] = group
+        self.requests[group.id] = request
+        self.staged.add_request(request)
+
+    def _lane_params(self, group: Group, params: Any, index: int) -> Any:
+        """Return sampling parameters for a lane: p0's truncation moves into the lane's spec."""
+        original = params.extra_args[LANE_KEY] if LANE_KEY in params.extra_args else None
+        spec = LaneSpec(
+            lane_id=group.lane_id(index),
+            group_id=group.id,
+            index=index,
+            seed=group.seed,
+            last_position=group.last_position,
+            ess_threshold=group.settings.ess_threshold,
+            scheme=SCHEMES.index(group.settings.resampling),
+            scale=group.settings.scale,
+            top_k=original.top_k if original else params.top_k,
+            top_p=original.top_p if original else params.top_p,
+            num_logprobs=original.num_logprobs if original else self._num_logprobs(params),
+        )
+        return neutral_params(params, {LANE_KEY: spec})
+
+    def _num_logprobs(self, params: Any) -> int | None:
+        if params.logprobs == -1:
+            return self.vllm_config.model_config.get_vocab_size()
+        return params.logprobs
+
+    # ---- one step -------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self.staged and self._pause_state == PauseState.UNPAUSED:
+            self._admit()
+        if self.groups:
+            self._make_room()
+            self._hold_lanes_ahead()
+        return super().schedule(throttle_prefills)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        step: TwistStep | None = getattr(model_runner_output, "twist", None)
+        if step is not None:
+            self._mirror(step)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.groups or self.ready:
+            self._collect(outputs)
+        return outputs
+
+    # ---- gang admission -------------------------------------------------------------------
+
+    def _active_groups(self) -> list[Group]:
+        return [group for group in self.groups.values() if not group.parked]
+
+    def _slots_in_use(self) -> int:
+        """Return the batch slots taken or promised: requests inside, and lanes still to come."""
+        inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
+        return inside + sum(
+            group.settings.particles - len(group.lanes) for group in self._active_groups()
+        )
+
+    def _admit(self) -> None:
+        """Hand staged requests to the base scheduler, first come first served.
+
+        A group enters only when all its lanes fit, in slots and in blocks, and nobody overtakes
+        it meanwhile: leaders filling every slot would block each other for ever.
+        """
+        capacity = min(self.max_num_running_reqs, self.max_num_active_reqs)
+        while self.staged:
+            request = self.staged.peek_request()
+            group = self.groups.get(request.request_id)
+            gang = bool(self._active_groups()) or group is not None
+            slots = group.num_live if group is not None else 1
+            if gang and self._slots_in_use() + slots > capacity:
+                return
+            if group is not None:
+                free = self.block_pool.get_num_free_blocks() - sum(
+                    max(0, self._blocks_wanted(other)) for other in self._active_groups()
+                )
+                if self._blocks_wanted(group) + self.kv_cache_manager.watermark_blocks > free:
+                    return
+            self.staged.pop_request()
+            if group is None:
+                super().add_request(request)
+            else:
+                self._enter(group)
+
+    def _enter(self, group: Group) -> None:
+        group.parked = False
+        if not group.forked:
+            # The copies of the partial prompt block are set aside now, so that forking cannot fail.
+            partial = (group.leader.num_prompt_tokens - 1) % self.block_tables.block_size
+            if partial:
+                group.reserve = self.block_pool.get_new_blocks(group.settings.particles - 1)
+        for lane in group.live_lanes():
+            self.group_of[lane.request.request_id] = group
+            self.requests[lane.request.request_id] = lane.request
+            self._enqueue_waiting_request(lane.request)
+
+    def _blocks_wanted(self, group: Group) -> int:
+        """Return how many more blocks the group needs until each live lane has its next token."""
+        block_size = self.block_tables.block_size
+        if not group.forked:
+            prompt = group.leader.num_prompt_tokens
+            shared = (prompt - 1) // block_size
+            total = shared + group.settings.particles * (-(-(prompt + 1) // block_size) - shared)
+            return total - len(group.reserve) - self._held(group.id)
+        wanted = 0
+        to_compute: set[Any] = set()
+        for lane in group.live_lanes():
+            request = lane.request
+            blocks = -(-(request.num_tokens + 1) // block_size)
+            held = self._held(request.request_id)
+            if held == 0 and self.kv_cache_manager.enable_caching:
+                # A preempted lane: prefixes that it shares with others will be shared again.
+                full = min(len(request.block_hashes), blocks)
+                to_compute.update(request.block_hashes[:full])
+                held = full
+            wanted += blocks - held
+        return wanted + len(to_compute)
+
+    def _held(self, request_id: str) -> int:
+        return len(self.block_tables.req_to_blocks.get(request_id, ()))
+
+    # ---- whole-group preemption -----------------------------------------------------------
+
+    def _make_room(self) -> None:
+        """Preempt whole groups (or plain requests) until this step's blocks are there.
+
+        Done before the base scheduler finds itself short, which would pick single lanes. The
+        oldest one is never preempted: alone it fits, as was checked when it came.
+        """
+        while self._blocks_short() > 0:
+            units: list[Group | Request] = [group for group in self._active_groups() if self._is_running(group)]
+            units += [request for request in self.running if request.request_id not in self.group_of]
+            if len(units) < 2:
+                return
+            victim = max(units, key=self._rank)
+            if isinstance(victim, Group):
+                self._park(victim)
+            else:
+                self.running.remove(victim)
+                self._preempt_request(victim, time.monotonic())
+
+    def _rank(self, unit: Group | Request) -> tuple[Any, ...]:
+        request = unit.leader if isinstance(unit, Group) else unit
+        urgency = request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+        return urgency, request.arrival_time, request.request_id
+
+    def _is_running(self, group: Group) -> bool:
+        return any(self._held(lane.request.request_id) for lane in group.live_lanes())
+
+    def _blocks_short(self) -> int:
+        block_size = self.block_tables.block_size
+        wanted = sum(max(0, self._blocks_wanted(group)) for group in self._active_groups())
+        for request in self.running:
+            if request.request_id not in self.group_of:
+                ahead = request.num_computed_tokens + self.max_num_scheduled_tokens
+                tokens = min(request.num_tokens_with_spec + request.num_output_placeholders, ahead)
+                wanted += max(0, -(-tokens // block_size) - self._held(request.request_id))
+        return wanted - self.block_pool.get_num_free_blocks()
+
+    def _park(self, group: Group) -> None:
+        """Take a group out of the engine, KV and all; its tokens and weights stay."""
+        now = time.monotonic()
+        requests = [lane.request for lane in group.live_lanes()]
+        for request in requests:
+            if request.status == RequestStatus.RUNNING:
+                self.running.remove(request)
+                self._preempt_request(request, now, drop_stale_output=True)
+            elif request.num_computed_tokens:
+                self.kv_cache_manager.free(request)
+                request.num_computed_tokens = 0
+            self.group_of.pop(request.request_id, None)
+        self.waiting.remove_requests(requests)
+        self.kv_holding_waiting.remove_requests(requests)
+        self.deferred_waiting.difference_update(requests)
+        self._drop_reserve(group)
+        group.parked = True
+        self.staged.prepend_request(group.leader)
+
+    def _drop_reserve(self, group: Group) -> None:
+        if group.reserve:
+            self.block_pool.free_blocks(group.reserve)
+            group.reserve = []
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        if reset_running_requests:
+            for group in sorted(self._active_groups(), key=self._rank, reverse=True):
+                self._park(group)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    # ---- lockstep -------------------------------------------------------------------------
+
+    def _hold_lanes_ahead(self) -> None:
+        """Keep lanes that are a token ahead of their group out of the next batch."""
+        for group in self._active_groups():
+            lengths = [lane.request.num_tokens for lane in group.live_lanes()]
+            slowest = min(lengths)
+            if max(lengths) == slowest:
+                continue
+            for lane in group.live_lanes():
+                if lane.request.num_tokens > slowest:
+                    lane.request.next_decode_eligible_step = self.current_step + 2
+
+    # ---- mirroring the worker -------------------------------------------------------------
+
+    def _mirror(self, step: TwistStep) -> None:
+        """Apply what the worker did to the lanes before the base scheduler appends the tokens."""
+        for group_id in step.failed:
+            if group_id in self.groups:
+                self._fail(
+                    self.groups[group_id],
+                    "the twist gave weights that are NaN, infinite or all zero: check the head "
+                    "(`twist_head`) and `twist_scale`, and that the request's own restrictions "
+                    "leave some token possible.",
+                )
+        # Read before the forks: a parent's history may be copied more than once.
+        history = {
+            parent: list(group.lanes[parent].logprobs)
+            for _, parent in step.forks()
+            if (group := self.group_of.get(parent)) is not None
+        }
+        for child, parent in step.forks():
+            group = self.group_of.get(child)
+            if group is not None:
+                self._fork(group.lanes[child].request, group.lanes[parent].request)
+                group.lanes[child].logprobs = list(history[parent])
+        for lane_id, log_w, log_p in zip(step.lane_ids, step.log_w, step.log_p, strict=True):
+            group = self.group_of.get(lane_id)
+            if group is None:
+                continue
+            lane = group.lanes[lane_id]
+            lane.log_w, lane.log_p = log_w, log_p
+            if lane_id in step.logprobs:
+                lane.logprobs.append(step.logprobs[lane_id])
+            if not group.forked:
+                self._create_lanes(group)
+        for group_id in step.resampled:
+            if group_id in self.groups:
+                self.groups[group_id].num_resamplings += 1
+
+    def _fork(self, child: Request, parent: Request) -> None:
+        """Give the child the parent's tokens and full blocks; its partial block stays its own."""
+        child._output_token_ids[:] = parent._output_token_ids
+        child._all_token_ids[:] = parent._all_token_ids
+        child.block_hashes[:] = parent.block_hashes
+        tables = self.block_tables
+        full = parent.num_computed_tokens // tables.block_size
+        parent_blocks = tables.req_to_blocks[parent.request_id]
+        child_blocks = tables.req_to_blocks[child.request_id]
+        first = 0
+        while first < full and child_blocks[first] is parent_blocks[first]:
+            first += 1
+        adopted, dropped = parent_blocks[first:full], child_blocks[first:full]
+        self.block_pool.touch(adopted)
+        child_blocks[first:full] = adopted
+        self.block_pool.free_blocks(reversed(dropped))
+        if parent.request_id in tables.num_cached_block:
+            tables.num_cached_block[child.request_id] = tables.num_cached_block[parent.request_id]
+
+    def _create_lanes(self, group: Group) -> None:
+        """Create the other lanes from the leader, whose prompt has just been computed.
+
+        They share the full blocks of its first P-1 tokens, get a copy of the partial one through
+        the KV manager's copy-on-write list, and recompute the prompt's last token for its logits.
+        """
+        leader = group.leader
+        tables = self.block_tables
+        computed = leader.num_prompt_tokens - 1
+        full, partial = divmod(computed, tables.block_size)
+        leader_blocks = tables.req_to_blocks[leader.request_id]
+        for index in range(1, group.settings.particles):
+            lane_id = group.lane_id(index)
+            request = Request(
+                request_id=lane_id,
+                prompt_token_ids=leader.prompt_token_ids,
+                sampling_params=self._lane_params(group, leader.sampling_params, index),
+                pooling_params=None,
+                client_index=leader.client_index,
+                arrival_time=leader.arrival_time,
+                cache_salt=leader.cache_salt,
+                priority=leader.priority,
+                trace_headers=leader.trace_headers,
+            )
+            request.max_tokens = leader.max_tokens
+            request._block_hasher = leader._block_hasher
+            request.block_hashes = list(leader.block_hashes)
+            request.prefill_stats = None
+            request.num_computed_tokens = computed
+            if computed:
+                blocks = leader_blocks[:full]
+                self.block_pool.touch(blocks)
+                if partial:
+                    source, copy = leader_blocks[full], group.reserve.pop()
+                    # The manager keeps both ends until the copy has run, then frees each once.
+                    self.block_pool.touch([source, copy])
+                    tables._pending_cow_copies.append((source, copy))
+                    blocks = [*blocks, copy]
+                tables.req_to_blocks[lane_id] = blocks
+                if leader.request_id in tables.num_cached_block:
+                    tables.num_cached_block[lane_id] = min(full, tables.num_cached_block[leader.request_id])
+            group.lanes[lane_id] = Lane(request)
+            self.group_of[lane_id] = group
+            self.requests[lane_id] = request
+            self._enqueue_waiting_request(request)
+
+    # ---- leaving --------------------------------------------------------------------------
+
+    def _collect(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Withhold the lanes' outputs; emit a group's one output when its last particle ends."""
+        touched: dict[str, Group] = {}
+        for batch in outputs.values():
+            kept = []
+            for output in batch.outputs:
+                group = self.group_of.get(output.request_id)
+                if group is None:
+                    kept.append(output)
+                    continue
+                touched[group.id] = group
+                group.prefill_stats = output.prefill_stats or group.prefill_stats
+                if output.request_id == group.id:
+                    group.events.extend(output.events or ())
+                if output.finish_reason is not None:
+                    self._end_lane(group, output)
+            batch.outputs = kept
+            if batch.finished_requests:
+                # Clients know groups, not lanes; a group has finished when its output goes out.
+                batch.finished_requests = {
+                    request_id
+                    for request_id in batch.finished_requests
+                    if request_id not in self.groups and "/lane" not in request_id
+                }
+        for group in touched.values():
+            if group.done:
+                self._finish_group(group)
+        for client_index, output in self.ready:
+            batch = outputs.setdefault(client_index, EngineCoreOutputs())
+            batch.outputs.append(output)
+            if self.finished_req_ids_dict is not None:
+                batch.finished_requests = {*(batch.finished_requests or ()), output.request_id}
+        self.ready.clear()
+
+    def _end_lane(self, group: Group, output: EngineCoreOutput) -> None:
+        lane = group.lanes[output.request_id]
+        lane.finish_reason = output.finish_reason
+        lane.stop_reason = output.stop_reason
+        lane.stopped = output.finish_reason != FinishReason.LENGTH
+        del self.group_of[output.request_id]
+
+    def _finish_group(self, group: Group) -> None:
+        if all(lane.log_w == float("-inf") for lane in group.lanes.values()):
+            self._fail(group, "every particle ended with weight zero: the target gives this prompt no probability.")
+            return
+        index = group.draw()
+        lane = list(group.lanes.values())[index]
+        del self.groups[group.id]
+        self.ready.append(
+            (
+                group.leader.client_index,
+                EngineCoreOutput(
+                    request_id=group.id,
+                    new_token_ids=list(lane.request.output_token_ids),
+                    new_logprobs=_stack_logprobs(lane.logprobs),
+                    finish_reason=lane.finish_reason,
+                    stop_reason=lane.stop_reason,
+                    kv_transfer_params={RESULT_KEY: [group.result(index)]},
+                    prefill_stats=group.prefill_stats,
+                    events=group.events or None,
+                    trace_headers=group.leader.trace_headers,
+                ),
+            )
+        )
+
+    def _fail(self, group: Group, reason: str) -> None:
+        """End a group with an error that its client will read; the others go on."""
+        message = f"Request {group.id} was ended: {reason}"
+        logger.error(message)
+        self._drop(group, RequestStatus.FINISHED_ERROR)
+        self.ready.append(_failure(group, message))
+
+    def _drop(self, group: Group, status: RequestStatus) -> None:
+        """Remove a group with all its lanes and blocks."""
+        self._drop_reserve(group)
+        if group.parked:
+            self.staged.remove_requests([group.leader])
+        live = [lane.request.request_id for lane in group.live_lanes()]
+        super().finish_requests(live, status)
+        for lane_id in live:
+            self.group_of.pop(lane_id, None)
+        group.leader.status = status
+        del self.groups[group.id]
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        if request_ids is None:
+            wanted = {*self.requests, *self.groups, *(request.request_id for request in self.staged)}
+        else:
+            wanted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        finished = []
+        for request_id in list(wanted):
+            group = self.groups.get(request_id)
+            if group is not None:
+                self._drop(group, finished_status)
+                finished.append(group.leader)
+                # Its other lanes went with it.
+                wanted.difference_update(group.lanes)
+        staged = [request for request in self.staged if request.request_id in wanted]
+        self.staged.remove_requests(staged)
+        for request in staged:
+            request.status = finished_status
+            wanted.discard(request.request_id)
+        return finished + staged + super().finish_requests(wanted, finished_status)
+
+    # ---- counts ---------------------------------------------------------------------------
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Count staged requests as waiting, or the engine would go idle over them."""
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self.staged)
+
+    def has_finished_requests(self) -> bool:
+        return bool(self.ready) or super().has_finished_requests()
+
+
+def _failure(group: Group, message: str) -> tuple[int, EngineCoreOutput]:
+    """Return the output that ends a group with an error, and the client it goes to."""
+    return group.leader.client_index, EngineCoreOutput(
+        request_id=group.id,
+        new_token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        kv_transfer_params={RESULT_KEY: [{"error": message}]},
+        events=group.events or None,
+        trace_headers=group.leader.trace_headers,
+    )
+
+
+def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsLists | None:
+    """Return the rows of one particle, token by token, in vLLM's format."""
+    if not rows:
+        return None
+    import numpy as np
+
+    ids, values, ranks = zip(*rows, strict=True)
+    return LogprobsLists(np.array(ids, np.int32), np.array(values, np.float32), np.array(ranks, np.int32))
+
+
+class TwistScheduler(TwistSchedulerMixin, Scheduler):
+    """Particle groups over the synchronous scheduler."""
+
+
+class TwistAsyncScheduler(TwistSchedulerMixin, AsyncScheduler):
+    """Particle groups over the asynchronous scheduler."""
