@@ -10,6 +10,7 @@ error, no tolerance to choose, and the code under test is the code that users ru
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from torch import Tensor
 from vllm_twist.smc import Draw, Target
 
 Result = TypeVar("Result")
+Outcomes = list[tuple[float, Tensor]]  # (probability, what the draw returns)
 
 
-def _outcomes(log_probs: Tensor) -> list[tuple[float, Tensor]]:
-    """Return every joint outcome of independent rows [N, n], as (probability, int64 [N])."""
+def independent(log_probs: Tensor) -> Outcomes:
+    """Return every joint outcome of independent rows [N, n], each int64 [N]."""
     rows = [[(p, i) for i, p in enumerate(row) if p > 0] for row in log_probs.softmax(-1).tolist()]
     return [
         (math.prod(p for p, _ in joint), torch.tensor([i for _, i in joint], dtype=torch.int64))
@@ -32,16 +34,22 @@ def _outcomes(log_probs: Tensor) -> list[tuple[float, Tensor]]:
     ]
 
 
-def branches(program: Callable[[Draw], Result]) -> Iterator[tuple[float, Result]]:
-    """Yield (probability, result) of every branch of ``program``, depth first."""
-    trail: list[list[tuple[float, Tensor]]] = []  # per draw of the current branch: outcomes left, current one last
+def branches(
+    program: Callable[[Draw], Result], outcomes: Callable[[Tensor], Outcomes] = independent
+) -> Iterator[tuple[float, Result]]:
+    """Yield (probability, result) of every branch of ``program``, depth first.
+
+    ``outcomes`` lists what a draw may return; another law than independent rows breaks the contract
+    of ``Draw``, on purpose.
+    """
+    trail: list[Outcomes] = []  # per draw of the current branch: what is left to visit, the current outcome last
     while True:
         depth, probability = 0, 1.0
 
         def draw(log_probs: Tensor) -> Tensor:
             nonlocal depth, probability
             if depth == len(trail):
-                trail.append(_outcomes(log_probs))
+                trail.append(outcomes(log_probs))
             p, outcome = trail[depth][-1]
             depth, probability = depth + 1, probability * p
             return outcome.clone()
@@ -67,7 +75,7 @@ class Tabular:
     """
 
     def __init__(self, target: Target, vocab_size: int) -> None:
-        self.target = target
+        self.vocab_size = vocab_size
         self.sequences = torch.tensor(list(itertools.product(range(vocab_size), repeat=target.horizon)))
         self.log_p = torch.zeros(len(self.sequences), dtype=torch.float64)
         for t in range(target.horizon):
@@ -79,13 +87,13 @@ class Tabular:
 
     def optimal_log_psi(self, prefixes: Tensor) -> Tensor:
         """Return log psi*_t [K, V], t = prefix length + 1: log E[phi | s_1:t] under p0 (Eq. 11)."""
-        k, length = prefixes.shape
-        vocab_size = int(self.sequences.max()) + 1
-        rows = []
-        for prefix in prefixes:
-            for token in range(vocab_size):
-                start = torch.cat([prefix, torch.tensor([token])])
-                within = (self.sequences[:, : length + 1] == start).all(-1)
-                joint, base = self.log_joint[within], self.log_p[within]
-                rows.append(torch.logsumexp(joint, 0) - torch.logsumexp(base, 0))
-        return torch.stack(rows).reshape(k, vocab_size)
+        return torch.stack([self._optimal_row(tuple(prefix)) for prefix in prefixes.tolist()])
+
+    @functools.cache  # noqa: B019 - a handful of prefixes, asked for by every branch
+    def _optimal_row(self, prefix: tuple[int, ...]) -> Tensor:
+        row = []
+        for token in range(self.vocab_size):
+            start = torch.tensor([*prefix, token])
+            within = (self.sequences[:, : len(start)] == start).all(-1)
+            row.append(torch.logsumexp(self.log_joint[within], 0) - torch.logsumexp(self.log_p[within], 0))
+        return torch.stack(row)

@@ -51,7 +51,8 @@ def _threshold(name: str, value: Any) -> float:
 def _scheme(name: str, value: Any) -> str:
     if value not in SCHEMES:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(SCHEMES)}, got {value!r}{did_you_mean(value, SCHEMES)}."
+            f"`{name}` must be one of {', '.join(SCHEMES)}, got {value!r}{did_you_mean(value, SCHEMES)}: "
+            "pass one of these."
         )
     return value
 
@@ -72,9 +73,9 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def did_you_mean(word: Any, known: tuple[str, ...] | list[str]) -> str:
-    """Return ", did you mean 'x'?" for the closest known word, or nothing."""
+    """Return " (did you mean 'x'?)" for the closest known word, or nothing."""
     close = difflib.get_close_matches(str(word), known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _option(check: Any, help: str, **kwargs: Any) -> Any:
@@ -130,8 +131,8 @@ class RequestConfig:
                 changes[key.removeprefix(f"{PREFIX}_")] = value
             elif key.startswith(PREFIX) or difflib.get_close_matches(key, known, n=1, cutoff=0.85):
                 raise ValueError(
-                    f"unknown request key `{key}`{did_you_mean(key, known)} "
-                    f"Known keys: {PREFIX}, {', '.join(known)}."
+                    f"unknown request key `{key}`{did_you_mean(key, known)}: "
+                    f"the known ones are {PREFIX}, {', '.join(known)}."
                 )
         settings = dataclasses.replace(self, **changes)
         return settings if enabled else None
@@ -160,7 +161,7 @@ class TwistConfig:
         for key in options:
             if key not in known:
                 raise ValueError(
-                    f"unknown option `{key}`{did_you_mean(key, known)} Known options: {', '.join(known)}."
+                    f"unknown option `{key}`{did_you_mean(key, known)}: the known ones are {', '.join(known)}."
                 )
         given = {key.removeprefix(f"{PREFIX}_"): v for key, v in options.items() if v is not None}
         head = given.pop("head", None)

@@ -102,7 +102,7 @@ def smc(
     With q the twist-induced proposal all of w_t but phi is known before s_t (Eq. 16), and children
     of one parent draw different tokens. Resampling is multinomial and leaves every weight at the
     mean, so that Z-hat is the mean of the final weights. Weights that are all zero or not finite
-    are left alone.
+    are left alone. Tensors are made on torch's default device.
 
     Args:
         target: what to sample from.
@@ -147,17 +147,14 @@ def smc(
         if particles == 1 or not torch.isfinite(log_mean) or not uneven:
             return log_w, *state
         num_resamplings += 1
-        ancestors = torch.arange(particles, device=log_w.device)
+        ancestors = torch.arange(particles)
         ancestors[held:] = draw(log_w.expand(particles - held, particles))
         return log_mean.expand(particles), *(x[ancestors] for x in state)
 
-    device = None if pinned is None else pinned.device
-    prefixes = torch.empty(particles, 0, dtype=torch.int64, device=device)
-    log_w = previous = torch.zeros(())
+    prefixes = torch.empty(particles, 0, dtype=torch.int64)
+    log_w = previous = torch.zeros(particles)
     for t in range(1, target.horizon + 1):
         log_p, log_psi = target.log_p(prefixes), target.log_psi(prefixes)
-        if t == 1:
-            log_w = previous = log_p.new_zeros(particles)
         log_q = log_p + log_psi if proposal == "twist" else log_p
         if proposal == "twist":
             # log Z^pi_t - log psi_{t-1}: w_t but for psi_t (or phi) over the psi_t of the proposal.

@@ -41,7 +41,7 @@ class TwistHeadConfig:
         if self.head_type not in kinds:
             raise ValueError(
                 f"`head_type` must be one of {', '.join(kinds)}, got {self.head_type!r}"
-                f"{did_you_mean(self.head_type, kinds)}"
+                f"{did_you_mean(self.head_type, kinds)}: set it in {CONFIG_NAME}."
             )
         for name in ("hidden_size", "vocab_size", "rank"):
             value = getattr(self, name)
@@ -121,7 +121,9 @@ class TwistHead(nn.Module, ABC):
         try:
             state = load_file(weights_path)
         except SafetensorError as error:
-            raise ValueError(f"`twist_head` {str(path)!r}: {WEIGHTS_NAME} is malformed ({error}): save it anew.") from error
+            raise ValueError(
+                f"`twist_head` {str(path)!r}: {WEIGHTS_NAME} is malformed ({error}): save it anew."
+            ) from error
         expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
         got = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if expected != got:
@@ -264,7 +266,9 @@ def load_config(path: str | Path) -> TwistHeadConfig:
     known = tuple(TwistHeadConfig.__dataclass_fields__)
     for key in values:
         if key not in known:
-            raise ValueError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}.")
+            raise ValueError(
+                f"{where} has an unknown key {key!r}{did_you_mean(key, known)}: the known ones are {', '.join(known)}."
+            )
     missing = [key for key in ("head_type", "hidden_size", "vocab_size") if key not in values]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: add it.")

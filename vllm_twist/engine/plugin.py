@@ -25,15 +25,15 @@ def add_cli_args(parser: Any) -> None:
         description="Twisted sequential Monte Carlo: sample from p0 * psi instead of from the model.",
     )
     group.add_argument(
-        "--twist-head", type=str, default=None, help="folder or hub id of a twist head; turns twists on"
+        "--twist-head", type=str, default=argparse.SUPPRESS, help="folder or hub id of a twist head; turns twists on"
     )
     for option in dataclasses.fields(RequestConfig):
         flag = f"--{PREFIX}-{option.name.replace('_', '-')}"
         text = f"{option.metadata['help']} (default: {option.default})"
         if isinstance(option.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            group.add_argument(flag, type=type(option.default), default=None, help=text)
+            group.add_argument(flag, type=type(option.default), default=argparse.SUPPRESS, help=text)
 
 
 def prepare(engine_args: Any) -> None:

@@ -1,0 +1,70 @@
+"""Engines for the tests: in process, so that a test can look at the scheduler, and kept for the session."""
+
+from __future__ import annotations
+
+import os
+
+# Before vLLM is imported.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# Threads that wait for each other on a shared machine cost far more than they give at this size.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Tiny, bigram_model, random_model
+
+ENGINE = dict(
+    skip_tokenizer_init=True,
+    enforce_eager=True,
+    dtype="float32",
+    max_model_len=256,
+    block_size=32,
+    max_num_seqs=64,
+    seed=0,
+    kv_cache_memory_bytes=2**26,
+)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A random attention model over four tokens, of which 1 is EOS: its targets can be enumerated."""
+    return random_model(tmp_path_factory.mktemp("small"), vocab=4, eos=1)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A random attention model over 40 tokens whose KV cache matters: for forks and long outputs."""
+    return random_model(tmp_path_factory.mktemp("wide"), vocab=40, eos=1)
+
+
+@pytest.fixture(scope="session")
+def bigram(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A model whose next token depends on the last one alone, with the transition matrix it was built from."""
+    return bigram_model(tmp_path_factory.mktemp("bigram"), vocab=5, eos=1)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Any:
+    """Return ``make(tiny, **options)``: an in-process ``LLM`` with the model's twist head, cached."""
+    made: dict[Any, Any] = {}
+
+    def make(tiny: Tiny, *, twist: bool = True, **options: Any) -> Any:
+        from vllm import LLM
+
+        key = (tiny.path, twist, *sorted(options.items()))
+        if key not in made:
+            if twist:
+                options = {"twist_head": str(tiny.head_path), **options}
+            made[key] = LLM(str(tiny.path), **{**ENGINE, **options})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).resolve().parent.parent

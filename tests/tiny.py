@@ -1,0 +1,193 @@
+"""Models small enough for exact answers, and those answers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_twist import TwistHead, TwistHeadConfig
+
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A saved model, its head, and both in memory."""
+
+    path: Path
+    head_path: Path
+    model: LlamaForCausalLM
+    head: TwistHead
+    vocab: int
+    eos: int
+    transition: Tensor | None = None
+
+    def log_p(self, token_ids: list[list[int]]) -> Tensor:
+        """Return next-token log-probabilities [N, T, V] of equally long sequences [N, T]."""
+        with torch.no_grad():
+            return self.model(torch.tensor(token_ids)).logits.log_softmax(-1)
+
+    def logits_and_log_psi(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return logits and log psi over the token that follows each sequence, both [N, V]."""
+        with torch.no_grad():
+            hidden = self.model.model(torch.tensor(token_ids)).last_hidden_state[:, -1]
+            return self.model.lm_head(hidden), self.head(hidden, self.model.lm_head)
+
+
+def _config(vocab: int, eos: int, **changes: Any) -> LlamaConfig:
+    return LlamaConfig(
+        **{
+            "vocab_size": vocab,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": eos,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+
+
+def save(folder: Path, model: LlamaForCausalLM, head: TwistHead, **fields: Any) -> Tiny:
+    model.eval()
+    model.save_pretrained(folder / "model")
+    head.save_pretrained(folder / "head")
+    return Tiny(folder / "model", folder / "head", model, head, **fields)
+
+
+def random_model(folder: Path, vocab: int, eos: int, head_type: str = "linear", spread: float = 1.0) -> Tiny:
+    """Return a random model, its logits tempered so that no token is nearly certain, and a random head.
+
+    ``spread`` is the standard deviation of log psi: with wide ones the weights get tails that no
+    affordable number of groups averages out.
+    """
+    torch.manual_seed(vocab)
+    model = LlamaForCausalLM(_config(vocab, eos))
+    with torch.no_grad():
+        model.lm_head.weight *= 0.35
+    rank = 8 if head_type in ("low_rank", "tied") else None
+    head = TwistHead.create(TwistHeadConfig(head_type, HIDDEN, vocab, rank), seed=3)
+    tiny = Tiny(folder / "model", folder / "head", model, head, vocab, eos)
+    _, log_psi = tiny.logits_and_log_psi([[token, other] for token in range(vocab) for other in range(vocab)])
+    last = {"linear": "weight", "mlp": "layers.2.weight", "low_rank": "up", "tied": "up"}[head_type]
+    with torch.no_grad():
+        head.get_parameter(last).mul_(spread / log_psi.std())
+    return save(folder, model, head, vocab=vocab, eos=eos)
+
+
+def bigram_model(folder: Path, vocab: int, eos: int) -> Tiny:
+    """Return a model with p(v | s) = P[last token, v], and the head that makes its own target exact.
+
+    Attention and MLP are zeroed, so that the final hidden state is the normalised embedding of the
+    last token; with one-hot embeddings the LM head spells out log P.
+
+    With values phi(a) for ending after a and u = P' u + P[:, eos] phi (P' without the EOS column),
+    psi(a, v) = u(v), psi(a, eos) = phi(a) is harmonic: its expectation under P is u(a), the twist
+    of the prefix. So it is the optimal twist of its own target for every horizon, Z = u(s_0), and
+    no weight ever varies.
+    """
+    generator = torch.Generator().manual_seed(7)
+    transition = torch.rand(vocab, vocab, generator=generator, dtype=torch.float64) + 0.2
+    transition /= transition.sum(-1, keepdim=True)
+    model = LlamaForCausalLM(_config(vocab, eos))
+    scale = HIDDEN**0.5  # what RMS normalisation makes of a one-hot vector
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight[:, :vocab] = torch.eye(vocab)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, :vocab] = (transition.log() / scale).T.float()
+    phi = torch.rand(vocab, generator=generator, dtype=torch.float64) * 4 + 0.05
+    stay = transition.clone()
+    stay[:, eos] = 0
+    u = torch.linalg.solve(torch.eye(vocab, dtype=torch.float64) - stay, transition[:, eos] * phi)
+    psi = u[None, :].repeat(vocab, 1)
+    psi[:, eos] = phi
+    head = TwistHead.create(TwistHeadConfig("linear", HIDDEN, vocab))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, :vocab] = (psi.log() / scale).T.float()
+    return save(folder, model, head, vocab=vocab, eos=eos, transition=transition)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A target over finished sequences: log p0 and log (p0 psi_T) of each, and their log-sum."""
+
+    log_p: dict[tuple[int, ...], float]
+    log_target: dict[tuple[int, ...], float]
+
+    @property
+    def log_z(self) -> float:
+        return torch.tensor(list(self.log_target.values()), dtype=torch.float64).logsumexp(0).item()
+
+    def expectation(self, f: Any) -> float:
+        """Return E_sigma[f(sequence)]."""
+        log_z = self.log_z
+        return sum(f(s) * torch.tensor(v - log_z).exp().item() for s, v in self.log_target.items())
+
+
+def truncated(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Return log p0 [N, V] after temperature, top-k and top-p (smallest set that reaches top_p)."""
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    ordered, index = log_p.sort(dim=-1, descending=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+    kept = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
+    keep &= kept.cumsum(-1) - kept < top_p
+    mask = torch.zeros_like(keep).scatter(1, index, keep)
+    return log_p.masked_fill(~mask, -torch.inf).log_softmax(-1)
+
+
+def enumerate_law(
+    tiny: Tiny,
+    prompt: list[int],
+    horizon: int,
+    *,
+    scale: float = 1.0,
+    ends: tuple[int, ...] | None = None,
+    bias: dict[int, float] | None = None,
+    **truncation: Any,
+) -> Law:
+    """Enumerate every sequence that ends with a token of ``ends`` (EOS) or has ``horizon`` tokens."""
+    ends = (tiny.eos,) if ends is None else ends
+    offsets = torch.zeros(tiny.vocab)
+    for token, value in (bias or {}).items():
+        offsets[token] = value
+    log_p: dict[tuple[int, ...], float] = {}
+    log_target: dict[tuple[int, ...], float] = {}
+    open_: dict[tuple[int, ...], float] = {(): 0.0}
+    for step in itertools.count(1):
+        prefixes = list(open_)
+        logits, log_psi = tiny.logits_and_log_psi([prompt + list(prefix) for prefix in prefixes])
+        log_p0 = truncated(logits + offsets, **truncation)
+        following: dict[tuple[int, ...], float] = {}
+        for row, prefix in enumerate(prefixes):
+            for token in range(tiny.vocab):
+                value = open_[prefix] + log_p0[row, token].item()
+                if value == -torch.inf:
+                    continue
+                sequence = (*prefix, token)
+                if token in ends or step == horizon:
+                    log_p[sequence] = value
+                    log_target[sequence] = value + scale * log_psi[row, token].item()
+                else:
+                    following[sequence] = value
+        open_ = following
+        if not open_:
+            return Law(log_p, log_target)
+    raise AssertionError("unreachable")
