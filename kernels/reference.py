@@ -122,8 +122,10 @@ def effective_sample_size(log_w: Tensor, live: Tensor) -> Tensor:
         log_w: log weights [G, K].
         live: bool [G, K]; lanes outside count for nothing.
     """
-    masked = log_w.masked_fill(~live, float("-inf"))
-    return torch.exp(2 * torch.logsumexp(masked, -1) - torch.logsumexp(2 * masked, -1))
+    # Weights of long outputs lie thousands of nats from zero, where float32 has three decimals.
+    masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
+    size = torch.exp(2 * torch.logsumexp(masked, -1) - torch.logsumexp(2 * masked, -1))
+    return size.to(log_w.dtype)
 
 
 def _invert(cumulative: Tensor, points: Tensor, weights: Tensor) -> Tensor:

@@ -26,10 +26,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_twist.training import ctl_loss_of, evaluate_log_phi, sample, train_ctl
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ("I bought this", "The battery", "My daughter", "This blender", "After two weeks", "This")
+HEAD_TYPE, HEAD_RANK = "mlp", None
+BATCH, TWIST_BATCH = 64, 64
+MAX_TOKENS, LEARNING_RATE = 64, 1e-3
+PROMPTS = ("I bought this", "The battery", "My daughter", "This blender", "After two weeks", "This", "The")
+UNSEEN_PROMPTS = ("My husband", "We needed", "I have had this laptop for")
 
 # -- The grammar -------------------------------------------------------------------------------
 # "{a|b}" picks one, "{name}" expands a rule or a word that belongs to the review at hand, and a
@@ -183,7 +188,7 @@ FEATURES = {
         "is {very |really |surprisingly |}{sturdy|solid|well made|excellent|perfect|nice}"
         "|feels {sturdy|solid|expensive|great|well made}|still looks {new|perfect|great} after {days}"
         "|is better than i expected|holds up {well|perfectly}",
-        "{broke|cracked|came loose|fell apart|wore out} {after {days}|on the first day|almost immediately|within {days}}"
+        "{broke|cracked|came loose|fell apart|wore out} {after {days}|on the first day|almost immediately}"
         "|is {very |really |already |}{cheap|flimsy|loose|wobbly|useless|defective|poorly made}"
         "|feels {cheap|flimsy|weak|poorly made}|arrived {bent|cracked|scratched|broken|dirty}|was {missing|damaged}",
     ),
@@ -217,7 +222,8 @@ RULES = {
     "start": "i {bought|bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{aim}|{when}|{aim} {when}}"
     "|{person} {wanted|needed|asked for} {thing} {to {use_for}|for {his} {birthday|new apartment|trip|new job}}"
     "|i have {had|owned|used} {thing} for {days}|we needed {thing} for {our|the} {place}"
-    "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}|i {got|received} {thing} {for my birthday|as a gift}"
+    "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}"
+    "|i {got|received} {thing} {for my birthday|as a gift}"
     "|{person} {gave|bought|got} me {thing} {for my birthday|for christmas|last {month|year}}"
     "|i read {many|all the} reviews before buying {this} {noun}",
     "failed powered": "died|quit|stopped working|would not turn on|gave up|broke|stopped charging",
@@ -237,8 +243,8 @@ SENTIMENT_RULES = {
         "|i was {skeptical|worried} at first, but {this} {noun} {won me over|surprised me|{does} the job}"
         "|i {use|rely on} {this} {noun} {every day|all the time|every week} and {love {them}|could not be happier}",
         "{terrible|awful|horrible|useless|disappointing|poor} {noun}|do not buy {this} {noun}"
-        "|{worst|cheapest} {noun} i have ever {owned|used|bought}|{this} {noun} {is} {simply |absolutely |just |}{opinion}"
-        "|i am so {disappointed|unhappy} with {this} {noun}|what a {waste of money|letdown|disappointment}"
+        "|{worst|cheapest} {noun} i have ever {owned|used|bought}"
+        "|{this} {noun} {is} {simply |absolutely |just |}{opinion}|i am so {disappointed|unhappy} with {this} {noun}|what a {waste of money|letdown|disappointment}"
         "|one star for {this} {noun}|{this} {noun} {does} not do what {it} should|stay away from {this} {noun}"
         "|i {had high hopes|was excited} at first, but {this} {noun} {let me down|disappointed me|{is} junk}"
         "|i {really |}wanted to like {this} {noun}, but {i could not|{it} let me down|i cannot recommend {them}}",
@@ -260,8 +266,8 @@ SENTIMENT_RULES = {
         "{loves|adores|enjoys} {them}|uses {them} {every day|all the time|every weekend|constantly}"
         "|was {thrilled|delighted|so happy} with {them}|asked for {a second one|more}|says {it} {is} {opinion}"
         "|will not stop talking about {them}",
-        "{hates|hated|cannot stand} {them}|stopped using {them} after {days}|was {disappointed|upset|annoyed} with {them}"
-        "|cried when {it} {failed}|says {it} {is} {opinion}|refuses to use {them}|sent {them} back",
+        "{hates|hated|cannot stand} {them}|stopped using {them} after {days}"
+        "|was {disappointed|upset|annoyed} with {them}|cried when {it} {failed}|says {it} {is} {opinion}|refuses to use {them}|sent {them} back",
     ),
     "delivery": (
         "{it} arrived {two days early|ahead of schedule|on time|the next day}{| and well packed| in perfect shape}"
@@ -473,7 +479,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def train_model(model: LlamaForCausalLM, tokenizer, rng: random.Random, steps: int, batch_size: int = 64) -> list[float]:
+def train_model(model: LlamaForCausalLM, tokenizer, rng: random.Random, steps: int) -> list[float]:
     """Train the model on fresh reviews, one per row, and return the loss of every step (nats per token)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = 50
@@ -486,9 +492,9 @@ def train_model(model: LlamaForCausalLM, tokenizer, rng: random.Random, steps: i
     model.train()
     for _ in (bar := tqdm(range(steps), "language model")):
         if not batches:  # rows of like length go together, so that little of a batch is padding
-            rows = tokenizer([Review(rng).write() for _ in range(32 * batch_size)]).input_ids
+            rows = tokenizer([Review(rng).write() for _ in range(32 * BATCH)]).input_ids
             rows.sort(key=len)
-            batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+            batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
         rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in batches.pop()]
         inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -555,11 +561,105 @@ def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> LlamaForCaus
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+# -- The twist head ----------------------------------------------------------------------------
+def evaluate(model, tokenizer, potential, prompt: str, head: TwistHead, count: int, seed: int) -> dict:
+    """Return figures of ``count`` outputs each from p0 and from q, with the loss of the head on the latter."""
+    prompt_ids = tokenizer(prompt).input_ids
+    figures = {}
+    for name, proposal in (("p0", None), ("q", head)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = sample(
+            model, prompt_ids, count, MAX_TOKENS, tokenizer.eos_token_id, head=proposal, generator=generator
+        )
+        log_phi = evaluate_log_phi(potential, tokenizer, drawn)
+        log_w = torch.where(drawn.mask, drawn.log_p - drawn.log_q, 0).sum(1) + log_phi
+        weights = log_w.softmax(0)
+        figures[name] = {
+            "positive": log_phi.exp().mean().item(),
+            "log_z": (log_w.logsumexp(0) - math.log(count)).item(),
+            "ess": 1 / weights.square().sum().item() / count,
+            "kl": (log_w.logsumexp(0) - math.log(count) - log_w.mean()).item(),
+            "length": drawn.mask.sum(1).float().mean().item(),
+            "texts": [prompt + tokenizer.decode(row, skip_special_tokens=True) for row in drawn.token_ids()[:3]],
+        }
+    with torch.no_grad():
+        figures["loss"] = ctl_loss_of(model, tokenizer, potential, head, drawn).item()
+    return figures
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def report(figures: dict[str, dict], facts: dict) -> str:
+    """Return docs/tiny-model.md."""
+    rows = "\n".join(
+        f"| {prompt}{'' if prompt in PROMPTS else ' *'} | {f['p0']['positive']:.2f} | {f['q']['positive']:.2f} "
+        f"| {f['p0']['ess']:.2f} | {f['q']['ess']:.2f} | {f['p0']['kl']:.2f} | {f['q']['kl']:.2f} |"
+        for prompt, f in figures.items()
+    )
+    texts = "\n\n".join(
+        f"**{prompt}**\n\n"
+        + "\n".join(f"- {name}: {text}" for name in ("p0", "q") for text in f[name]["texts"])
+        for prompt, f in figures.items()
+    )
+    return REPORT.format(rows=rows, texts=texts, **facts)
+
+
+REPORT = """# The tiny review model
+
+`models/tiny-reviews` writes short product reviews; `models/tiny-reviews-positive` is a twist head that makes them
+positive. They are small enough to come with the repository and to run on any CPU, so that examples and tests need no
+download. Both are made from nothing but a seed:
+
+    python scripts/make_tiny.py
+
+which took {minutes:.0f} minutes with {threads} CPU threads. It gives the same losses on every run with the same
+versions and number of threads. This page is written by that command.
+
+- **Corpus**: {reviews:,} reviews of {products} kinds of products, written by a grammar; about half of them are
+  positive, and what a review ends with follows from what it says before.
+- **Tokenizer**: byte-level BPE with {vocab} tokens, `<pad>`, `<bos>` and `<eos>` included. It puts `<bos>` in front;
+  every review ends with `<eos>`. The chat template joins the texts of the messages.
+- **Model**: a Llama of {parameters:.2f} million parameters (4 layers of width 128, 4 heads of 32, a context of 512),
+  stored in bfloat16.
+- **Potential**: phi = p(positive), a logistic regression over token counts that is right on {accuracy:.1%} of unseen
+  reviews. `models/tiny-reviews-positive/potential.json` holds `bias` and, for every token, one of `weights`:
+  phi = sigmoid(bias + the sum of the weights of the output's tokens).
+- **Twist head**: `{head_type}`, trained by CTL in {twist_steps} steps of {twist_batch} outputs of at most {max_tokens}
+  tokens, Adam at {learning_rate:g}; stored in bfloat16.
+
+## Figures
+
+The language model's loss goes from {lm_start:.2f} to {lm_end:.3f} nats per token. The CTL loss, 0 at psi = 1, goes from
+{ctl_start:.3f} to {ctl_end:.3f} nats (mean over the prompts that the head was trained on). The mean p(positive) of an
+output is **{positive_p0:.2f} under the model (p0) and {positive_q:.2f} under the twisted proposal (q)**. An output has
+{length_p0:.0f} tokens on average under p0 and {length_q:.0f} under q.
+
+By prompt, from {count} outputs each; a star marks prompts that the head was not trained on. ESS is the effective
+sample size of the importance weights towards the target p0 phi, as a fraction of the outputs; KL is KL(. || target)
+in nats.
+
+| prompt | p(positive), p0 | p(positive), q | ESS, p0 | ESS, q | KL, p0 | KL, q |
+|---|---|---|---|---|---|---|
+{rows}
+
+## Samples
+
+The first three outputs of each, not picked.
+
+{texts}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder for both models")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "tiny-model.md", help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
+    parser.add_argument("--twist-steps", type=int, default=600, help="steps of the twist head")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of PyTorch")
     args = parser.parse_args()
 
@@ -567,15 +667,59 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
+    base_folder, head_folder = args.models / "tiny-reviews", args.models / "tiny-reviews-positive"
+
     tokenizer = make_tokenizer([Review(rng).write() for _ in range(20_000)])
     model = make_model(tokenizer)
+    parameters = model.num_parameters() / 1e6
     lm_losses = train_model(model, tokenizer, rng, args.steps)
-    model = save_model(model, tokenizer, args.models / "tiny-reviews")
-    print(lm_losses[0], sum(lm_losses[-50:]) / 50, time.perf_counter() - began)
+    model = save_model(model, tokenizer, base_folder)
+
     potential, accuracy = train_potential(tokenizer, rng)
-    print(accuracy)
-    (args.models / "tiny-reviews-positive").mkdir(parents=True, exist_ok=True)
-    potential.save(args.models / "tiny-reviews-positive" / "potential.json")
+    head = TwistHead.create(
+        TwistHeadConfig(HEAD_TYPE, model.config.hidden_size, len(tokenizer), rank=HEAD_RANK), seed=args.seed
+    )
+    fresh = TwistHead.create(head.config, seed=args.seed)
+    train_ctl(
+        model, tokenizer, potential, PROMPTS, head,
+        steps=args.twist_steps, batch_size=TWIST_BATCH, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE,
+        seed=args.seed, progress=lambda steps: tqdm(steps, "twist head"),
+    )  # fmt: skip
+    head.save_pretrained(head_folder)
+    potential.save(head_folder / "potential.json")
+
+    count = 1000
+    start = [evaluate(model, tokenizer, potential, prompt, fresh, count, args.seed + 1)["loss"] for prompt in PROMPTS]
+    figures = {
+        prompt: evaluate(model, tokenizer, potential, prompt, head, count, args.seed + 1)
+        for prompt in tqdm(PROMPTS + UNSEEN_PROMPTS, "figures")
+    }
+    facts = {
+        "minutes": (time.perf_counter() - began) / 60,
+        "threads": args.threads,
+        "products": len(PRODUCTS) + len(PLURALS),
+        "reviews": args.steps * BATCH,
+        "vocab": len(tokenizer),
+        "parameters": parameters,
+        "accuracy": accuracy,
+        "head_type": HEAD_TYPE,
+        "twist_steps": args.twist_steps,
+        "twist_batch": TWIST_BATCH,
+        "max_tokens": MAX_TOKENS,
+        "learning_rate": LEARNING_RATE,
+        "lm_start": lm_losses[0],
+        "lm_end": mean(lm_losses[-50:]),
+        "ctl_start": mean(start),
+        "ctl_end": mean(figures[prompt]["loss"] for prompt in PROMPTS),
+        "count": count,
+        **{
+            f"{key}_{name}": mean(f[name][key] for f in figures.values())
+            for key in ("positive", "length")
+            for name in ("p0", "q")
+        },
+    }
+    args.report.write_text(report(figures, facts))
+    print({key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()})
 
 
 if __name__ == "__main__":

@@ -291,21 +291,21 @@ def test_enumerated_training_finds_the_optimal_twist(lm):
 
 @each_lm
 def test_sampled_training_nears_the_optimal_twist(lm):
-    """On-policy steps as in training; the bound is a fifth of where the twist starts.
+    """On-policy steps as in training, from an error above 1 to below 0.01.
 
-    At the optimum all weights of a batch agree and the gradient vanishes for every draw, so the
-    noise dies out and what remains is the approach itself.
+    The bound can be that tight with 512 draws a step: at the optimum all weights of a batch agree,
+    the gradient vanishes for every draw, and the noise dies out on the way there.
     """
     theta = torch.zeros(len(lm.prefixes), dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(2)
-    start = off_by_constants(lm, theta)
+    assert off_by_constants(lm, theta) > 1
     optimizer = torch.optim.Adam([theta], lr=0.05)
     for _ in range(300):
         index, rest = lm.sampled(512, theta, generator)
         optimizer.zero_grad()
         ctl_loss(torch.where(rest["mask"], theta[index], torch.nan), **rest).backward()
         optimizer.step()
-    assert off_by_constants(lm, theta) < start / 5
+    assert off_by_constants(lm, theta) < 0.01
 
 
 def some_batch():

@@ -99,7 +99,7 @@ def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tenso
     return torch.tensor([float(value) for value in values], device=samples.tokens.device)
 
 
-def loss(model: Any, tokenizer: Any, log_phi: LogPhi, head: TwistHead, samples: Samples) -> Tensor:
+def ctl_loss_of(model: Any, tokenizer: Any, log_phi: LogPhi, head: TwistHead, samples: Samples) -> Tensor:
     """Return the CTL loss of the head on samples of one prompt."""
     values = log_psi(model, head, samples.hidden).gather(2, samples.tokens[..., None])[..., 0]
     phi = evaluate_log_phi(log_phi, tokenizer, samples)
@@ -150,9 +150,9 @@ def train_ctl(
             model, prompt_ids[step % len(prompts)], batch_size, max_tokens, tokenizer.eos_token_id,
             head=head, generator=generator,
         )
-        value = loss(model, tokenizer, log_phi, head, samples)
+        loss = ctl_loss_of(model, tokenizer, log_phi, head, samples)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         optimizer.step()
-        losses.append(value.item())
+        losses.append(loss.item())
     return losses

@@ -81,8 +81,9 @@ class _Layout:
         self.top_p = tensor(top_p, torch.float32) if min(top_p) < 1 else None
 
         members: dict[str, list[int]] = {}
-        for position, spec in enumerate(specs):
-            members.setdefault(spec.group_id, []).append(position)
+        # By lane, not by row: where a lane stands in the batch must not change what is drawn.
+        for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
+            members.setdefault(specs[position].group_id, []).append(position)
         self.groups = list(members)
         width = max(map(len, members.values()))
         # Slots that a group does not use point at its first lane and are never live.

@@ -1,0 +1,393 @@
+"""The engine's bookkeeping: forks, lineage, lockstep with other requests, and every block returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import Tiny
+
+from vllm_twist import results
+
+EVERY_STEP = {"twist_ess_threshold": 1.0, "twist_return_particles": True}
+
+
+def params(**options: Any) -> Any:
+    from vllm import SamplingParams
+
+    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
+    return SamplingParams(**{"max_tokens": 8, "detokenize": False, **options}, extra_args=extra or None)
+
+
+def generate(llm: Any, prompts: list[list[int]], parameters: Any) -> list[Any]:
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+
+
+def prompt_of(length: int) -> list[int]:
+    return [2 + (7 * i + i * i) % 38 for i in range(length)]
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+@pytest.fixture
+def clean(engine: Any) -> Iterator[Any]:
+    """Return ``make`` as ``engine`` does; afterwards every block, lane and slot must be free again."""
+    used: list[Any] = []
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        llm = engine(*args, **kwargs)
+        used.append(llm)
+        return llm
+
+    yield make
+    for llm in used:
+        scheduler = scheduler_of(llm)
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+        assert not scheduler.requests and not scheduler.running and scheduler.get_request_counts() == (0, 0)
+        if hasattr(scheduler, "groups"):
+            assert not scheduler.groups and not scheduler.group_of and not scheduler.staged
+            # The worker hears of the last lanes' end with the next step.
+            live = set(worker_of(llm).twist.table.slots) - scheduler.finished_req_ids
+            assert not live
+
+
+def assert_rescored(tiny: Tiny, output: Any, tolerance: float = 2e-4) -> None:
+    """Check each particle's log_prob against one teacher-forced pass in transformers."""
+    prompt = output.prompt_token_ids
+    for particle in results(output)[0].particles:
+        log_p = tiny.log_p([prompt + particle.token_ids])[0, len(prompt) - 1 : -1]
+        expected = log_p.gather(1, torch.tensor(particle.token_ids)[:, None]).sum().item()
+        assert particle.log_prob == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 40, 64, 65])
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+def test_forks_at_every_step_across_blocks(clean, wide: Tiny, length: int, caching: bool):
+    """110 tokens cross three or more block boundaries with a resampling at each token.
+
+    A block table, partial block or token history that went to the wrong lane changes p0 along
+    the particle's path, which a teacher-forced pass shows.
+    """
+    llm = clean(wide, enable_prefix_caching=caching)
+    (output,) = generate(
+        llm, [prompt_of(length)], params(max_tokens=110, ignore_eos=True, seed=5, twist_particles=8, **EVERY_STEP)
+    )
+    group = results(output)[0]
+    assert group.num_resamplings == 108
+    assert len({tuple(p.token_ids) for p in group.particles}) > 1
+    assert_rescored(wide, output)
+
+
+def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch):
+    """The check above fails when partial blocks are not copied."""
+    monkeypatch.setattr("vllm_twist.engine.fork_v1.copy_kv_cache_blocks_inplace", lambda *args: None)
+    (output,) = generate(
+        engine(wide), [prompt_of(40)], params(max_tokens=40, ignore_eos=True, seed=5, twist_particles=8, **EVERY_STEP)
+    )
+    with pytest.raises(AssertionError):
+        assert_rescored(wide, output)
+
+
+def test_particles_end_on_their_own(clean, wide: Tiny):
+    """EOS, a stop token and max_tokens end particles one by one; the others go on resampling."""
+    (output,) = generate(
+        clean(wide), [prompt_of(20)], params(max_tokens=60, seed=2, stop_token_ids=[7], twist_particles=32, **EVERY_STEP)
+    )
+    group = results(output)[0]
+    for particle in group.particles:
+        ended = particle.token_ids[-1] in (1, 7)
+        assert particle.finished == ended
+        assert ended or len(particle.token_ids) == 60
+        assert not {1, 7} & set(particle.token_ids[:-1])
+    assert len({len(p.token_ids) for p in group.particles}) > 3
+    assert_rescored(wide, output)
+
+
+def test_result_is_consistent(clean, wide: Tiny):
+    """Weights sum to one, ESS is theirs, and the completion is the chosen particle."""
+    (output,) = generate(clean(wide), [prompt_of(9)], params(seed=3, twist_particles=16, twist_return_particles=1))
+    group = results(output)[0]
+    weights = [math.exp(p.log_weight) for p in group.particles]
+    assert sum(weights) == pytest.approx(1)
+    assert group.ess == pytest.approx(1 / sum(w * w for w in weights))
+    assert len(group.particles) == 16
+    chosen = group.particles[group.chosen]
+    assert output.outputs[0].token_ids == chosen.token_ids
+    assert output.outputs[0].finish_reason == ("stop" if chosen.finished else "length")
+    (bare,) = generate(clean(wide), [prompt_of(9)], params(seed=3, twist_particles=16))
+    assert results(bare)[0] == dataclasses.replace(group, particles=None)
+
+
+def test_seed_reproduces_whatever_else_runs(clean, wide: Tiny):
+    """A seeded group is the same alone and among others."""
+    llm = clean(wide)
+    seeded = params(max_tokens=40, seed=11, twist_particles=8, **EVERY_STEP)
+    (alone,) = generate(llm, [prompt_of(12)], seeded)
+    crowd = [params(max_tokens=20 + i, temperature=0.9, twist_particles=3 + i) for i in range(5)]
+    crowd.append(params(max_tokens=30, temperature=0.0, twist=0))
+    among = generate(llm, [prompt_of(30 + i) for i in range(6)] + [prompt_of(12)], [*crowd, seeded])[-1]
+    assert [p.token_ids for p in results(alone)[0].particles] == [p.token_ids for p in results(among)[0].particles]
+    assert results(alone)[0].log_z == pytest.approx(results(among)[0].log_z, abs=1e-4)
+    (other,) = generate(llm, [prompt_of(12)], params(max_tokens=40, seed=12, twist_particles=8, **EVERY_STEP))
+    assert results(other)[0].log_z != results(alone)[0].log_z
+
+
+def test_unseeded_requests_differ(clean, wide: Tiny):
+    outputs = generate(clean(wide), [prompt_of(12)] * 8, params(max_tokens=20, twist_particles=2))
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) > 1
+
+
+def test_n_is_independent_groups(clean, wide: Tiny):
+    """n=3 gives three groups, each with its own result, in the order of the choices."""
+    (output,) = generate(
+        clean(wide), [prompt_of(12)], params(n=3, max_tokens=20, seed=4, twist_particles=4, twist_return_particles=1)
+    )
+    groups = results(output)
+    assert len(output.outputs) == len(groups) == 3
+    assert len({group.log_z for group in groups}) == 3
+    for completion, group in zip(output.outputs, groups, strict=True):
+        assert completion.token_ids == group.particles[group.chosen].token_ids
+
+
+def test_logprobs_follow_the_lineage(clean, wide: Tiny):
+    """logprobs=k are p0's (here at temperature 0.8), along the drawn particle's own history."""
+    (output,) = generate(
+        clean(wide),
+        [prompt_of(20)],
+        params(max_tokens=50, ignore_eos=True, temperature=0.8, logprobs=3, seed=8, twist_particles=8, **EVERY_STEP),
+    )
+    completion, prompt = output.outputs[0], output.prompt_token_ids
+    assert len(completion.logprobs) == 50
+    with torch.no_grad():
+        logits = wide.model(torch.tensor([prompt + completion.token_ids])).logits[0]
+    expected = (logits[len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+    for row, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+        best = expected[row].topk(3).indices.tolist()
+        assert set(entry) == {token, *best}
+        for candidate, value in entry.items():
+            assert value.logprob == pytest.approx(expected[row, candidate].item(), abs=2e-4)
+        assert entry[token].rank == (expected[row] > expected[row, token] + 1e-6).sum() + 1
+    group = results(output)[0]
+    total = sum(entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True))
+    assert total == pytest.approx(group.particles[group.chosen].log_prob, abs=1e-3)
+
+
+def test_plain_requests_among_twisted_ones(clean, wide: Tiny):
+    """twist=0 requests are what a plain engine gives, alone bit for bit, and among groups by token."""
+    plain = [params(max_tokens=30, temperature=0.0, logprobs=5), params(max_tokens=30, seed=1, logprobs=5)]
+    prompts = [prompt_of(9), prompt_of(17)]
+    reference = generate(clean(wide, twist=False), prompts, plain)
+    off = [params(max_tokens=30, temperature=0.0, logprobs=5, twist=0), params(max_tokens=30, seed=1, logprobs=5, twist=0)]
+    llm = clean(wide)
+    for expected, got in zip(reference, generate(llm, prompts, off), strict=True):
+        assert got.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert got.outputs[0].logprobs == expected.outputs[0].logprobs
+        assert got.kv_transfer_params is None
+        with pytest.raises(ValueError, match="carries no twist result"):
+            results(got)
+    mixed = generate(llm, prompts + [prompt_of(40)], [*off, params(max_tokens=30, twist_particles=16, **EVERY_STEP)])
+    for expected, got in zip(reference, mixed[:2], strict=True):
+        assert got.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert_rescored(wide, mixed[2])
+
+
+def test_plain_rows_are_never_written(engine, wide: Tiny, monkeypatch):
+    """In a mixed batch the logits rows of plain requests leave the processor bit for bit as they came."""
+    from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+
+    seen = []
+    real = TwistLogitsProcessor.apply
+
+    def spy(self: Any, logits: torch.Tensor) -> torch.Tensor:
+        before = logits.clone()
+        after = real(self, logits)
+        lanes = set(self.rows)
+        others = [row for row in range(len(before)) if row not in lanes]
+        seen.append((len(lanes), len(others)))
+        assert torch.equal(after[others], before[others])
+        for row in lanes:
+            assert (after[row] == 0).sum() == 1
+        return after
+
+    monkeypatch.setattr(TwistLogitsProcessor, "apply", spy)
+    generate(
+        engine(wide),
+        [prompt_of(9), prompt_of(17), prompt_of(5)],
+        [params(max_tokens=30, seed=1, twist=0), params(max_tokens=20, twist_particles=7), params(twist=0)],
+    )
+    assert any(lanes == 7 and others == 2 for lanes, others in seen)
+
+
+def test_more_groups_than_slots(clean, wide: Tiny):
+    """Gang admission: ten groups of 40 lanes and plain requests share 64 slots; all finish."""
+    llm = clean(wide)
+    prompts = [prompt_of(5 + i) for i in range(16)]
+    requests = [
+        params(max_tokens=12, twist_particles=40, seed=i, **EVERY_STEP) if i % 3 else params(max_tokens=12, twist=0)
+        for i in range(16)
+    ]
+    outputs = generate(llm, prompts, requests)
+    for i, output in enumerate(outputs):
+        assert output.finished
+        if i % 3:
+            assert_rescored(wide, output)
+
+
+def test_token_budget_smaller_than_the_group(clean, wide: Tiny):
+    """With 16 tokens a step, 40 lanes advance in turns: lockstep holds the ones ahead."""
+    llm = clean(wide, max_num_batched_tokens=16, max_num_seqs=16)
+    requests = [params(max_tokens=10, twist_particles=9, seed=i, **EVERY_STEP) for i in range(4)]
+    for output in generate(llm, [prompt_of(50 + i) for i in range(4)], requests):
+        assert_rescored(wide, output)
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+def test_whole_groups_are_preempted(clean, wide: Tiny, monkeypatch, caching: bool):
+    """Four groups that fit one at a time at full length: parked ones come back, weights and tokens intact."""
+    llm = clean(wide, num_gpu_blocks_override=40, enable_prefix_caching=caching)
+    parked = []
+    real = type(scheduler_of(llm))._park
+    monkeypatch.setattr(
+        type(scheduler_of(llm)), "_park", lambda self, group: (parked.append(group.id), real(self, group))[1]
+    )
+    requests = [
+        params(max_tokens=100, ignore_eos=True, twist_particles=8, seed=i, **EVERY_STEP) for i in range(4)
+    ] + [params(max_tokens=100, ignore_eos=True, twist=0)]
+    outputs = generate(llm, [prompt_of(20 + i) for i in range(5)], requests)
+    assert parked, "the test must preempt"
+    for output in outputs[:4]:
+        assert all(len(p.token_ids) == 100 for p in results(output)[0].particles)
+        assert_rescored(wide, output)
+
+
+def test_preemption_keeps_the_estimate(clean, small: Tiny):
+    """E[Z-hat] = Z where groups are preempted again and again in a cache of 12 blocks."""
+    from tiny import enumerate_law
+
+    prompt = [0, 2, 3, 2] * 7 + [3, 2]  # 30 tokens: every lane needs a second block at its third token
+    llm = clean(small, num_gpu_blocks_override=12)
+    requests = [params(max_tokens=4, twist_particles=5, seed=i, **EVERY_STEP) for i in range(300)]
+    z_hat = torch.tensor([math.exp(results(o)[0].log_z) for o in generate(llm, [prompt] * 300, requests)])
+    z = math.exp(enumerate_law(small, prompt, 4).log_z)
+    # Fixed seeds; 4 standard errors: odds of a false alarm 6e-5.
+    assert abs(z_hat.mean().item() - z) < 4 * z_hat.std().item() / 300**0.5
+
+
+def test_prefix_cache_reset_mid_way(clean, wide: Tiny):
+    """Resetting the prefix cache with running requests parks groups whole; they finish as they should."""
+    llm = clean(wide)
+    core = llm.llm_engine
+    for i in range(2):
+        core.add_request(
+            f"r{i}",
+            {"prompt_token_ids": prompt_of(40)},
+            params(max_tokens=30, ignore_eos=True, twist_particles=6, seed=i, **EVERY_STEP),
+        )
+    outputs = []
+    for step in range(400):
+        outputs += [o for o in core.step() if o.finished]
+        if step == 10:
+            assert llm.reset_prefix_cache(reset_running_requests=True)
+        if not core.has_unfinished_requests():
+            break
+    assert len(outputs) == 2
+    for output in outputs:
+        assert_rescored(wide, output)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
+def test_abort(clean, wide: Tiny, step: int):
+    """Aborting while staged, at prefill, while forking or later returns every lane and block."""
+    llm = clean(wide)
+    core = llm.llm_engine
+    for i in range(3):
+        core.add_request(
+            f"a{step}-{i}", {"prompt_token_ids": prompt_of(40)}, params(max_tokens=30, twist_particles=30, **EVERY_STEP)
+        )
+    for _ in range(step):
+        core.step()
+    core.abort_request([f"a{step}-0", f"a{step}-2"])
+    outputs = []
+    for _ in range(200):
+        outputs += [output for output in core.step() if output.finished]
+        if not core.has_unfinished_requests():
+            break
+    core.step()
+    assert [output.request_id for output in outputs] == [f"a{step}-1"]
+    assert_rescored(wide, outputs[0])
+
+
+def test_open_ended_request_is_cut_to_the_cache(clean, wide: Tiny):
+    """Without max_tokens a group grows as far as its particles fit, as if the context ended there."""
+    llm = clean(wide, num_gpu_blocks_override=20)
+    (output,) = generate(llm, [prompt_of(10)], params(max_tokens=None, ignore_eos=True, twist_particles=8, seed=0))
+    assert output.outputs[0].finish_reason == "length"
+    assert len(output.outputs[0].token_ids) == 2 * 32 - 10  # 19 blocks for 8 particles: two each
+
+
+def test_head_gone_wrong_ends_its_request_alone(clean, wide: Tiny):
+    """Twist values that overflow end their request with a reason; others in the batch go on."""
+    llm = clean(wide)
+    good, bad = generate(
+        llm,
+        [prompt_of(20), prompt_of(21)],
+        [
+            params(max_tokens=20, twist_particles=8, seed=1, **EVERY_STEP),
+            params(max_tokens=20, twist_particles=8, twist_scale=3e38),
+        ],
+    )
+    assert_rescored(wide, good)
+    assert bad.outputs[0].finish_reason == "error"
+    with pytest.raises(RuntimeError, match="NaN, infinite or all zero: check the head"):
+        results(bad)
+
+
+BAD_REQUESTS = [
+    ({"twist_particles": 0}, r"`twist_particles` must be at least 1, got 0"),
+    ({"twist_particles": -3}, r"`twist_particles` must be at least 1, got -3"),
+    ({"twist_particles": 65}, r"`twist_particles` must be at most `max_num_seqs`=64, got 65"),
+    ({"twist_particles": 2.5}, r"`twist_particles` must be an integer of at least 1, got 2.5"),
+    ({"twist_particles": "many"}, r"`twist_particles` must be an integer of at least 1, got 'many'"),
+    ({"twist_ess_threshold": -0.1}, r"`twist_ess_threshold` must lie in \[0, inf\), got -0.1"),
+    ({"twist_ess_threshold": math.inf}, r"`twist_ess_threshold` must lie in \[0, inf\), got inf"),
+    ({"twist_ess_threshold": math.nan}, r"`twist_ess_threshold` must lie in \[0, inf\), got nan"),
+    ({"twist_resampling": "systemic"}, r"`twist_resampling` must be one of .*did you mean 'systematic'\?"),
+    ({"twist_particle": 4}, r"unknown request key `twist_particle` \(did you mean 'twist_particles'\?\)"),
+    ({"twist_colour": 4}, r"unknown request key `twist_colour`"),
+    ({"twist_scale": math.nan}, r"`twist_scale` must be a finite number, got nan"),
+    ({"twist": 2}, r"`twist` must be 0 or 1"),
+    ({"temperature": 0.0}, r"`temperature` must be above 0 with a twist, got 0.0"),
+    ({"prompt_logprobs": 1}, r"`prompt_logprobs` is not supported together with a twist"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_REQUESTS, ids=lambda value: str(value)[:40])
+def test_bad_requests(clean, wide: Tiny, options: dict[str, Any], message: str):
+    llm = clean(wide)
+    with pytest.raises(ValueError, match=message):
+        generate(llm, [prompt_of(5)], params(**options))
+
+
+def test_group_that_never_fits(clean, wide: Tiny):
+    """Refused with the numbers; the same group with fewer tokens runs."""
+    llm = clean(wide, num_gpu_blocks_override=20)
+    message = r"`twist_particles`=16 can never fit into the KV cache: a prompt of 10 and `max_tokens`=100 need up to 64 blocks of 32 tokens, the cache has 19"
+    with pytest.raises(ValueError, match=message):
+        generate(llm, [prompt_of(10)], params(max_tokens=100, twist_particles=16))
+    generate(llm, [prompt_of(10)], params(max_tokens=20, twist_particles=16))
+
+
+def test_plain_engine_ignores_twist_keys(clean, wide: Tiny):
+    """Without a head nothing is checked, added or changed."""
+    (output,) = generate(clean(wide, twist=False), [prompt_of(5)], params(temperature=0.0, twist_particles=0))
+    assert output.kv_transfer_params is None
