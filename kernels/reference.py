@@ -129,7 +129,10 @@ def effective_sample_size(log_w: Tensor, live: Tensor) -> Tensor:
 
 
 def _invert(cumulative: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """Return the first index whose cumulative weight exceeds the point, never a weightless one."""
+    """Return the first index whose cumulative weight exceeds the point, never a weightless one.
+
+    A point at or beyond the total, by its own rounding or the sum's, goes to the last one with weight.
+    """
     index = torch.searchsorted(cumulative, points, right=True)
     lanes = torch.arange(weights.shape[-1], device=weights.device)
     last = torch.where(weights > 0, lanes, -1).amax(-1, keepdim=True)
@@ -180,7 +183,7 @@ def resample(
         allowed: bool [G], False where this step must not resample.
         thresholds: [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``SCHEMES``.
-        uniforms: [G, K] on (0, 1); systematic uses the first of each row only.
+        uniforms: [G, K] on [0, 1]; systematic uses the first of each row only.
 
     Returns:
         ancestors int64 [G, K] (a lane's own index where nothing changes), the new log_w [G, K],
@@ -198,8 +201,7 @@ def resample(
         allowed & sound & (n >= 2) & ((ess < thresholds * n) | (thresholds >= 1.0))
     )
     weights = torch.where(sound[:, None], torch.exp(masked - lse), 0.0)
-    # A caller's uniforms may round to one; a point at one would lie beyond every weight.
-    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64).clamp(max=1 - 2.0**-53))
+    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64))
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)
     orphan = live & (counts == 0)

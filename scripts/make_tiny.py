@@ -94,6 +94,52 @@ PRODUCTS = (
     ("toy truck", "play with|play outside", "yard", "wheel paint battery remote"),
     ("guitar", "practice at home|learn a few songs", "living room", "sound neck string strap"),
     ("book", "learn to cook|read on the train", "bedroom", "story cover paper print ending"),
+    ("hair dryer", "dry my hair|style my hair", "bathroom", "motor switch cord handle filter"),
+    ("razor", "shave my head|trim my beard", "bathroom", "blade battery grip charger"),
+    ("toothbrush", "clean my teeth|brush twice a day", "bathroom", "battery handle brush charger"),
+    ("scale", "track my weight|weigh flour", "bathroom", "display battery surface base"),
+    ("mirror", "check my makeup|fix my hair", "bathroom", "frame light base surface"),
+    ("air fryer", "make crispy fries|reheat pizza", "kitchen", "basket timer fan coating"),
+    ("mixer", "bake cookies|knead dough", "kitchen", "motor bowl switch cord"),
+    ("cutting board", "chop vegetables|carve turkey", "kitchen", "surface handle size"),
+    ("teapot", "brew green tea|serve guests", "kitchen", "lid spout handle color"),
+    ("mug", "drink cocoa|take to meetings", "office", "handle lid coating color"),
+    ("candle", "relax after work|hide the smell of the litter", "bathroom", "scent glass wick lid"),
+    ("stroller", "take the baby out|go shopping", "garage", "wheel brake frame cushion strap"),
+    ("crib", "put the baby to sleep|convert to a bed later", "nursery", "frame rail paint wheel"),
+    ("dog bed", "comfort our puppy|replace the sofa", "basement", "foam cover zipper fabric"),
+    ("leash", "walk our puppy|train our beagle", "yard", "clasp handle stitching length"),
+    ("aquarium", "raise goldfish|start a hobby", "living room", "filter pump light glass seal"),
+    ("bird feeder", "attract cardinals|watch finches", "yard", "roof perch tray paint"),
+    ("sleeping bag", "camp in the mountains|stay warm at night", "cabin", "zipper lining fabric size"),
+    ("cooler", "keep drinks cold|store fish", "boat", "lid seal wheel handle drain"),
+    ("fishing rod", "catch trout|fish with grandpa", "boat", "reel grip tip length"),
+    ("basketball", "shoot hoops|practice dribbling", "gym", "surface grip valve color"),
+    ("helmet", "ride safely|go skating", "garage", "strap visor padding fit"),
+    ("skateboard", "learn tricks|get to class", "dorm room", "wheel deck bearing paint"),
+    ("treadmill", "jog indoors|lose ten pounds", "basement", "motor belt display frame"),
+    ("wallet", "hold my cards|organize cash", "office", "leather stitching clasp pocket"),
+    ("purse", "carry everything|match my outfit", "car", "strap zipper leather lining"),
+    ("necklace", "wear on dates|wear at our wedding", "bedroom", "chain clasp stone color"),
+    ("sweater", "layer under a coat|survive the cold", "office", "fabric color fit stitching"),
+    ("dress", "wear to a party|wear at graduation", "apartment", "fabric color zipper fit length"),
+    ("hat", "block the wind|hide my bald spot", "cabin", "brim color fit stitching"),
+    ("notebook", "take notes|keep a journal", "classroom", "cover paper binding"),
+    ("calculator", "teach algebra|do taxes", "classroom", "display key battery"),
+    ("monitor", "edit videos|see two documents at once", "office", "screen stand cable picture"),
+    ("mouse", "design logos|play games", "office", "wheel sensor battery button"),
+    ("hard drive", "back up files|store old movies", "office", "cable light case"),
+    ("drone", "film the lake|fly at the park", "cabin", "camera battery propeller remote range"),
+    ("piano", "teach my students|practice scales", "living room", "key pedal sound stand"),
+    ("thermostat", "save on heating|control the temperature", "apartment", "screen sensor signal battery"),
+    ("doorbell", "see visitors|catch thieves", "apartment", "camera button signal battery"),
+    ("saw", "cut lumber|prune branches", "garage", "blade motor trigger grip"),
+    ("hammer", "fix the fence|build a treehouse", "garage", "handle head grip"),
+    ("lawn mower", "mow the lawn|tame the weeds", "yard", "motor blade wheel handle"),
+    ("sprinkler", "water the lawn|cool off the children", "yard", "nozzle valve hose timer"),
+    ("flower pot", "grow basil|repot my fern", "balcony", "saucer drain color glaze"),
+    ("hammock", "nap outdoors|read in the shade", "yard", "rope fabric hook stand"),
+    ("projector", "host movie nights|present slides", "basement", "lens bulb fan remote picture"),
 )
 #: Things that come in twos take other verbs.
 PLURALS = (
@@ -106,6 +152,10 @@ PLURALS = (
     ("curtains", "block the sun|keep the heat out", "bedroom", "fabric color length lining"),
     ("batteries", "power my remote|run the toys", "house", "charge price seal"),
     ("scissors", "cut paper|trim plants", "garage", "blade handle grip"),
+    ("earrings", "wear on weekends|match my necklace", "bedroom", "clasp stone color"),
+    ("binoculars", "spot eagles|watch the opera", "cabin", "lens strap focus grip"),
+    ("socks", "keep my toes warm|wear in boots", "dorm room", "fabric color fit stitching"),
+    ("pajamas", "lounge around|sleep in", "bedroom", "fabric waist color length"),
     ("sunglasses", "drive to work|go to the beach", "car", "lens frame color hinge"),
 )
 
@@ -145,7 +195,8 @@ FEATURES = {
         "looks nothing like the picture|{faded|wore off} after {days}|is {dull|ugly|completely wrong}",
     ),
     "fit size length waist shape": (
-        "is {perfect|just right}|is exactly what {i|we} needed", "is {too small|all wrong|way off}|is not as described"
+        "is {perfect|just right}|is exactly what {i|we} needed",
+        "is {too small|all wrong|way off}|is not as described",
     ),
     "blade": (
         "is {very|razor} sharp|cuts through {anything|everything}|stays sharp for {days}|is easy to clean",
@@ -176,13 +227,27 @@ FEATURES = {
         "takes {blurry|grainy|awful} {pictures|photos}|will not focus|is useless at night",
     ),
     "signal range": (
-        "reaches every room|is {strong|steady}|never drops", "drops {constantly|every few minutes}|is {weak|useless}"
+        "reaches every room|is {strong|steady}|never drops",
+        "drops {constantly|every few minutes}|is {weak|useless}",
     ),
     "story": (
         "is {gripping|funny|moving}|kept me up all night|gets better with every page",
         "is {boring|predictable|confusing}|goes nowhere|put me to sleep",
     ),
     "ending": ("made me cry|is {perfect|a wonderful surprise}", "makes no sense|is {rushed|disappointing}"),
+    "scent": ("is {fresh|subtle|pleasant}|lingers for hours", "is {overpowering|fake|faint}|gives me a headache"),
+    "stone glass": (
+        "{sparkles|shines} in the sun|is {flawless|polished}|catches every eye",
+        "{chipped|fell out} after {days}|is {scratched|cloudy|plastic}|shattered in the mail",
+    ),
+    "fan pump belt bearing propeller": (
+        "{spins|runs} {smoothly|quietly}|is almost silent",
+        "{rattles|squeaks|grinds} {constantly|at night}|jammed after {days}",
+    ),
+    "sensor focus reel": (
+        "is {accurate|precise|responsive}|reacts instantly",
+        "is {inaccurate|erratic|laggy}|quit after {days}",
+    ),
     "price": ("is {fair|great|hard to beat}|was a steal", "is {too high|a joke}|was a rip off"),
     "other": (
         "is {very |really |surprisingly |}{sturdy|solid|well made|excellent|perfect|nice}"
@@ -200,7 +265,9 @@ ASSEMBLED = POWERED | frozenset("frame drawer shelf pole wheel nozzle".split())
 
 PEOPLE = (
     *((who, "she", "her") for who in "daughter wife mother sister aunt niece grandmother granddaughter".split()),
-    *((who, "he", "his") for who in "son husband father brother uncle nephew grandfather grandson boss".split()),
+    *((who, "she", "her") for who in "daughter girlfriend roommate teacher".split()),
+    *((who, "he", "his") for who in "son husband father brother uncle nephew grandfather grandson".split()),
+    *((who, "he", "his") for who in "son boyfriend boss neighbor cousin".split()),
 )
 
 DAYS = (
@@ -211,19 +278,22 @@ DAYS = (
 RULES = {
     "when": "last {month|week|year|summer|winter|spring}|a month ago|{two|three} weeks ago|on sale|online"
     "|at full price|after reading the reviews|on a whim|for {christmas|the holidays|our trip|a trip|school|college}",
-    "thing": "{this} {||||new|small|black|white|blue|red|green|large|expensive|cheap|popular} {noun}",
+    "thing": "{this} {||||new|small|black|white|blue|red|green|pink|gray|purple|large|fancy|cheap|popular} {noun}",
     "detail": "i mostly use {them} to {use_for}|{person} and i share {them}|i keep {them} in {the|my} {place}"
-    "|i chose the {black|white|blue|red|green} {one}|{it} {comes} in a {plain|large|small} box"
-    "|i do not usually write reviews|i have {two dogs|three kids|a small house|a bad back|big hands}"
+    "|i chose the {black|white|blue|red|green|gray|purple|orange|yellow|brown} {one}"
+    "|{it} {comes} in a {plain|large|small} box"
+    "|i do not usually write reviews|i {live alone|work nights|retired in june|travel often}"
+    "|it was {raining|snowing} all week"
+    "|i have {two dogs|three kids|a small house|a bad back|big hands}"
     "|i {compared|looked at} {many|several} brands {first|online}",
     "old": "my old {one}|the {one} that broke|the {cheap|worn out} {one} i had|the {one} i lost",
     "aim": "to {use_for}|for {person}|for {our|the|my} {place}|to replace {old}|as a gift for {person}"
     "|so that i could {use_for}",
-    "start": "i {bought|bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{aim}|{when}|{aim} {when}}"
+    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{aim}|{when}|{aim} {when}}{||| {started}}"
     "|{person} {wanted|needed|asked for} {thing} {to {use_for}|for {his} {birthday|new apartment|trip|new job}}"
     "|i have {had|owned|used} {thing} for {days}|we needed {thing} for {our|the} {place}"
     "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}"
-    "|i {got|received} {thing} {for my birthday|as a gift}"
+    "|i {got|received} {thing} {for my birthday|as a gift}{||| {started}}"
     "|{person} {gave|bought|got} me {thing} {for my birthday|for christmas|last {month|year}}"
     "|i read {many|all the} reviews before buying {this} {noun}",
     "failed powered": "died|quit|stopped working|would not turn on|gave up|broke|stopped charging",
@@ -232,8 +302,10 @@ RULES = {
 #: Rules in two versions, good and bad.
 SENTIMENT_RULES = {
     "opinion": (
-        "great|fantastic|wonderful|excellent|perfect|awesome|amazing|beautiful|lovely|terrific|brilliant|superb",
-        "terrible|awful|horrible|useless|disappointing|junk|poor|garbage|worthless|dreadful|cheap|defective",
+        "great|fantastic|wonderful|excellent|perfect|awesome|amazing|beautiful|lovely|terrific|brilliant|superb"
+        "|outstanding|impressive|delightful|fabulous",
+        "terrible|awful|horrible|useless|disappointing|junk|poor|garbage|worthless|dreadful|pathetic|mediocre|shoddy"
+        "|miserable|a scam",
     ),
     "opener": (
         "{great|fantastic|wonderful|excellent|amazing|lovely} {noun}|{i |}love {this} {noun}"
@@ -244,7 +316,8 @@ SENTIMENT_RULES = {
         "|i {use|rely on} {this} {noun} {every day|all the time|every week} and {love {them}|could not be happier}",
         "{terrible|awful|horrible|useless|disappointing|poor} {noun}|do not buy {this} {noun}"
         "|{worst|cheapest} {noun} i have ever {owned|used|bought}"
-        "|{this} {noun} {is} {simply |absolutely |just |}{opinion}|i am so {disappointed|unhappy} with {this} {noun}|what a {waste of money|letdown|disappointment}"
+        "|{this} {noun} {is} {simply |absolutely |just |}{opinion}|i am so {disappointed|unhappy} with {this} {noun}"
+        "|what a {waste of money|letdown|disappointment}"
         "|one star for {this} {noun}|{this} {noun} {does} not do what {it} should|stay away from {this} {noun}"
         "|i {had high hopes|was excited} at first, but {this} {noun} {let me down|disappointed me|{is} junk}"
         "|i {really |}wanted to like {this} {noun}, but {i could not|{it} let me down|i cannot recommend {them}}",
@@ -264,10 +337,12 @@ SENTIMENT_RULES = {
     ),
     "family": (
         "{loves|adores|enjoys} {them}|uses {them} {every day|all the time|every weekend|constantly}"
-        "|was {thrilled|delighted|so happy} with {them}|asked for {a second one|more}|says {it} {is} {opinion}"
+        "|was {thrilled|delighted|so happy} with {them}|asked for {a second one|more}|{recommends|praises} {them}"
+        "|says {it} {is} {opinion}"
         "|will not stop talking about {them}",
         "{hates|hated|cannot stand} {them}|stopped using {them} after {days}"
-        "|was {disappointed|upset|annoyed} with {them}|cried when {it} {failed}|says {it} {is} {opinion}|refuses to use {them}|sent {them} back",
+        "|was {disappointed|upset|annoyed} with {them}|cried when {it} {failed}|says {it} {is} {opinion}"
+        "|refuses to use {them}|sent {them} back|{complains|laughed} about {them}",
     ),
     "delivery": (
         "{it} arrived {two days early|ahead of schedule|on time|the next day}{| and well packed| in perfect shape}"
@@ -290,7 +365,7 @@ SENTIMENT_RULES = {
     "compare": (
         "{it} {is} {much |so much |far |}{better|nicer|better made} than {old}"
         "|{it} {beats} {anything i have tried|my expensive {one}|every other brand}",
-        "{it} {is} {much |so much |far |}{worse|cheaper made} than {old}"
+        "{it} {is} {much |so much |far |}{worse|more fragile} than {old}"
         "|my old {one} {was} {much better|better made}|every other brand is better",
     ),
     "value": (
@@ -404,7 +479,7 @@ class Review:
         start = self.rng.random()
         sentences = []
         if start < 0.55:
-            sentences.append("{start}" if self.rng.random() < 0.75 else "{start} {started}")
+            sentences.append("{start}")
         elif start < 0.75:
             sentences.append("{opener}")
         middles = ["feature"] * 3 + ["pair"] * 2 + ["mixed", "only", "used", "used", "family", "family"]
@@ -423,7 +498,7 @@ class Review:
     def _sentence(self, template: str) -> str:
         text = self.expand(template, self.positive)
         text = re.sub(r"  +", " ", text)
-        text = re.sub(r"\bi\b", "I", text).replace("christmas", "Christmas")
+        text = re.sub(r"\bi\b", "I", text).replace("christmas", "Christmas").replace("june", "June")
         mark = "!" if self.positive and self.rng.random() < 0.12 else "."
         return text[0].upper() + text[1:] + mark
 
@@ -568,9 +643,7 @@ def evaluate(model, tokenizer, potential, prompt: str, head: TwistHead, count: i
     figures = {}
     for name, proposal in (("p0", None), ("q", head)):
         generator = torch.Generator().manual_seed(seed)
-        drawn = sample(
-            model, prompt_ids, count, MAX_TOKENS, tokenizer.eos_token_id, head=proposal, generator=generator
-        )
+        drawn = sample(model, prompt_ids, count, MAX_TOKENS, tokenizer.eos_token_id, head=proposal, generator=generator)
         log_phi = evaluate_log_phi(potential, tokenizer, drawn)
         log_w = torch.where(drawn.mask, drawn.log_p - drawn.log_q, 0).sum(1) + log_phi
         weights = log_w.softmax(0)
@@ -600,8 +673,7 @@ def report(figures: dict[str, dict], facts: dict) -> str:
         for prompt, f in figures.items()
     )
     texts = "\n\n".join(
-        f"**{prompt}**\n\n"
-        + "\n".join(f"- {name}: {text}" for name in ("p0", "q") for text in f[name]["texts"])
+        f"**{prompt}**\n\n" + "\n".join(f"- {name}: {text}" for name in ("p0", "q") for text in f[name]["texts"])
         for prompt, f in figures.items()
     )
     return REPORT.format(rows=rows, texts=texts, **facts)

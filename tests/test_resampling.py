@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -185,9 +186,9 @@ def test_weightless_lanes_have_no_children(scheme: str, u: float) -> None:
 def test_float32_cumulative_sum_below_one(scheme: str) -> None:
     """A sum of float32 weights that ends below the last point must not spill into the weightless tail."""
     log_w = torch.full((1024,), -INF)
-    log_w[:1000] = torch.sin(CCC * torch.arange(1000.0))
+    log_w[:1000] = torch.sin(4 * torch.arange(1000.0))
     point = 1 - 2.0**-24
-    assert float(log_w.softmax(-1).cumsum(-1)[-1]) < point  # the premise
+    assert np.cumsum(log_w.double().softmax(-1).float().numpy())[-1] < point  # the premise
     got = resample(log_w, scheme, uniforms=torch.full((1024,), point))
     assert got.resampled and got.ancestors.max() < 1000
 
@@ -230,7 +231,7 @@ def test_one_particle(scheme: str) -> None:
 def test_equal_weights(scheme: str) -> None:
     """Low-variance schemes copy nothing when there is nothing to gain, whatever the round-off of 1/K."""
     for k in (2, 3, 49, 1000):
-        got = resample(torch.full((k,), -1.7), scheme, uniforms=torch.linspace(0.01, 0.99, k).flip(0))
+        got = resample(torch.full((k,), -1.7), scheme, uniforms=torch.full((k,), 0.5))
         if scheme != "multinomial":
             assert got.ancestors.tolist() == list(range(k))
         assert float(got.ess) == pytest.approx(k)

@@ -58,15 +58,21 @@ def ctl_loss(log_psi: Tensor, log_p: Tensor, log_q: Tensor, log_phi: Tensor, mas
         )
     mask = mask.bool()
     if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("`mask` must be True up to each sequence's final token and False beyond, got gaps: no padding "
-                         "on the left, and at least one token per row.")
+        raise ValueError(
+            "`mask` must be True up to each sequence's final token and False beyond, got gaps: no padding "
+            "on the left, and at least one token per row."
+        )
     for name, tensor in (("log_psi", log_psi), ("log_p", log_p), ("log_q", log_q)):
         if not tensor[mask].isfinite().all():
-            raise ValueError(f"`{name}` must be finite for every token, got inf or nan: lower the learning rate, or "
-                             "compute it in float32.")
+            raise ValueError(
+                f"`{name}` must be finite for every token, got inf or nan: lower the learning rate, or "
+                "compute it in float32."
+            )
     if log_phi.isnan().any() or (log_phi == torch.inf).any() or (log_phi == -torch.inf).all():
-        raise ValueError("`log_phi` must be below inf and above -inf for at least one sequence, got otherwise: no "
-                         "sequence of the batch has a weight to learn from, draw more.")
+        raise ValueError(
+            "`log_phi` must be below inf and above -inf for at least one sequence, got otherwise: no "
+            "sequence of the batch has a weight to learn from, draw more."
+        )
 
     dtype = torch.promote_types(log_psi.dtype, torch.float32)
     final = mask.sum(1, keepdim=True) - 1  # [B, 1] index of the final token

@@ -94,8 +94,9 @@ def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tenso
     token_ids = samples.token_ids()
     values = log_phi(token_ids, tokenizer.batch_decode(token_ids, skip_special_tokens=True))
     if len(values) != len(token_ids):
-        raise ValueError(f"`log_phi` must return {len(token_ids)} values, one per sequence, got {len(values)}: fix the "
-                         "callable.")
+        raise ValueError(
+            f"`log_phi` must return {len(token_ids)} values, one per sequence, got {len(values)}: fix the callable."
+        )
     return torch.tensor([float(value) for value in values], device=samples.tokens.device)
 
 
@@ -147,8 +148,13 @@ def train_ctl(
     losses = []
     for step in progress(range(steps)):
         samples = sample(
-            model, prompt_ids[step % len(prompts)], batch_size, max_tokens, tokenizer.eos_token_id,
-            head=head, generator=generator,
+            model,
+            prompt_ids[step % len(prompts)],
+            batch_size,
+            max_tokens,
+            tokenizer.eos_token_id,
+            head=head,
+            generator=generator,
         )
         loss = ctl_loss_of(model, tokenizer, log_phi, head, samples)
         optimizer.zero_grad()

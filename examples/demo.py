@@ -1,0 +1,75 @@
+"""Plain and twisted samples of the same prompts, side by side, from one engine.
+
+    make demo
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import textwrap
+import time
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from tqdm import tqdm
+
+from benchmarks.bench_generate import HEAD, MODEL, hardware, measure, versions
+from vllm_twist import results
+
+PROMPTS = ["I bought this", "The battery", "After two weeks", "My daughter"]
+PARTICLES = 16
+
+
+def show(title: str, text: str, note: str = "") -> None:
+    lines = textwrap.wrap(" ".join(text.split()), 92, initial_indent="      ", subsequent_indent="      ")
+    print(f"    {title}{note}", *lines, sep="\n")
+
+
+def main() -> None:
+    print("\nvllm-twist: sampling from a reweighted language model inside vLLM\n")
+    print(f"  model  {MODEL}: a tiny LM that writes product reviews, good and bad")
+    print(f"  twist  {HEAD}: a head trained to steer it towards positive reviews")
+    print(f"  on     {hardware()} · {versions()}\n")
+    started = time.perf_counter()
+    with tqdm(total=1, desc="  starting the engine", bar_format="{desc} {elapsed}", leave=False) as bar:
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(
+            MODEL, twist_head=HEAD, twist_particles=PARTICLES, max_num_seqs=64, max_model_len=512, enforce_eager=True
+        )
+        bar.update()
+    print(f"  engine up in {time.perf_counter() - started:.0f} s\n")
+
+    common: dict[str, Any] = {"max_tokens": 60, "seed": 1}
+    plain = llm.generate(PROMPTS, SamplingParams(**common, extra_args={"twist": 0}), use_tqdm=False)
+    twisted = llm.generate(PROMPTS, SamplingParams(**common), use_tqdm=False)
+    print(f"  One plain sample, and one draw from the target p0 · psi by {PARTICLES} particles, per prompt.")
+    print("  log Z estimates how likely the target is under the model (nats, unbiased on the natural scale);")
+    print("  ESS says how many of the particles count in the end.\n")
+    for prompt, before, after in zip(PROMPTS, plain, twisted, strict=True):
+        group = results(after)[0]
+        print(f"  {prompt!r}")
+        show("plain  ", prompt + before.outputs[0].text)
+        show(
+            "twisted",
+            prompt + after.outputs[0].text,
+            f"   log Z {group.log_z:+.2f} · ESS {group.ess:.1f} of {PARTICLES} · {group.num_resamplings} resamplings",
+        )
+        print()
+
+    repeats, max_tokens = 5, 128
+    with tqdm(total=2 * (repeats + 1), desc="  measuring speed", leave=False) as bar:
+        rates = measure(
+            llm, PROMPTS[0], particles=PARTICLES, max_tokens=max_tokens, repeats=repeats, progress=bar.update
+        )
+    plain_rate, twisted_rate = (statistics.median(rates[name]) for name in ("plain", "twisted"))
+    print(f"  Speed, {PARTICLES} sequences of {max_tokens} tokens, median of {repeats}:")
+    print(f"    plain, n={PARTICLES}        {plain_rate:7.0f} tokens/s")
+    print(f"    twisted, K={PARTICLES}      {twisted_rate:7.0f} tokens/s   {twisted_rate / plain_rate:.2f} of plain\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What is refused before an engine starts, and what merely having the package installed does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import HIDDEN, Tiny
+
+from vllm_twist import TwistHead, TwistHeadConfig
+
+
+def start(tiny: Tiny, **options: Any) -> Any:
+    from conftest import ENGINE
+    from vllm import LLM
+
+    return LLM(str(tiny.path), **{**ENGINE, "twist_head": str(tiny.head_path), **options})
+
+
+def head_of(folder: Path, **changes: Any) -> str:
+    config = {"head_type": "linear", "hidden_size": HIDDEN, "vocab_size": 4, **changes}
+    TwistHead.create(TwistHeadConfig(**config)).save_pretrained(folder)
+    return str(folder)
+
+
+REFUSED = [
+    ({"twist_particles": 0}, r"`twist_particles` must be at least 1, got 0"),
+    ({"twist_particles": 65}, r"`twist_particles` must be at most `max_num_seqs`=64, got 65"),
+    ({"twist_resampling": "sytematic"}, r"did you mean 'systematic'"),
+    ({"twist_ess_treshold": 0.5}, r"unknown option `twist_ess_treshold` \(did you mean 'twist_ess_threshold'\?\)"),
+    ({"twist_head": None, "twist_scale": 2.0}, r"`twist_head` is missing"),
+    ({"twist_head": "no/such/folder/here"}, r"`twist_head` 'no/such/folder/here' is neither a local folder nor a hub"),
+    ({"twist_head": "nobody/no-such-head"}, r"`twist_head` 'nobody/no-such-head' is neither a local folder nor a hub"),
+    ({"scheduler_cls": "x.Y"}, r"`scheduler_cls` cannot be combined with `twist_head`"),
+    ({"worker_cls": "x.Y"}, r"`worker_cls` cannot be combined with `twist_head`"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, r"`speculative_config` cannot be"),
+    ({"enable_lora": True}, r"`enable_lora` cannot be combined"),
+    ({"async_scheduling": True}, r"`async_scheduling` cannot be combined"),
+    ({"pipeline_parallel_size": 2}, r"`pipeline_parallel_size` must be 1 with `twist_head`, got 2"),
+    ({"runner": "pooling"}, r"`twist_head` needs a generating model"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_at_start_up(small: Tiny, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        start(small, **options)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 32}, r"its hidden_size is 32, the model's is 64"),
+        ({"vocab_size": 7}, r"its vocab_size is 7, the model's is 4"),
+    ],
+)
+def test_head_that_does_not_fit(small: Tiny, tmp_path: Path, changes: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        start(small, twist_head=head_of(tmp_path, **changes))
+
+
+def test_malformed_head(small: Tiny, tmp_path: Path):
+    head = head_of(tmp_path)
+    (tmp_path / "twist_config.json").write_text(json.dumps({"head_type": "linear", "hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"twist_config.json.*lacks vocab_size"):
+        start(small, twist_head=head)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0+cpu"])
+def test_unsupported_vllm(small: Tiny, monkeypatch: pytest.MonkeyPatch, version: str):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with pytest.raises(ValueError, match=rf"needs vLLM >=0.32,<0.33, got {version.replace('+', '.')}"):
+        start(small)
+
+
+def test_model_runner_v2_is_refused(small: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="`VLLM_USE_V2_MODEL_RUNNER` must be 0"):
+        start(small)
+
+
+SAMPLE = """
+import os, json, sys
+os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
+{preamble}
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=256,
+          kv_cache_memory_bytes=2**26, seed=0, **json.loads(sys.argv[2]))
+params = [SamplingParams(max_tokens=24, seed=s, logprobs=4, detokenize=False) for s in range(3)]
+outs = llm.generate([{{"prompt_token_ids": [2, 9, 4]}}] * 3, params, use_tqdm=False)
+print("RESULT", json.dumps([[[o.outputs[0].token_ids, [[(t, l.logprob) for t, l in e.items()] for e in o.outputs[0].logprobs],
+      sorted(o.kv_transfer_params or {{}})]] for o in outs]))
+"""
+
+
+def sample(tiny: Tiny, preamble: str = "", plugins: str | None = None, **options: Any) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+    if plugins is not None:
+        env["VLLM_PLUGINS"] = plugins
+    script = SAMPLE.format(preamble=preamble)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny.path), json.dumps(options)],
+        capture_output=True, text=True, env=env, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+
+
+def test_installed_but_unused_changes_nothing(wide: Tiny):
+    """An engine without a head is bitwise what vLLM gives with no plugin loaded at all."""
+    assert sample(wide) == sample(wide, plugins="")
+
+
+@pytest.mark.parametrize("preamble", ["", "import vllm_twist", "import vllm.entrypoints.llm, vllm_twist"])
+def test_keyword_is_known_without_and_with_an_import(wide: Tiny, preamble: str):
+    """LLM(..., twist_head=...) works whether vllm_twist is imported never, before or after vllm."""
+    result = sample(wide, preamble=preamble, twist_head=str(wide.head_path), twist_particles=2)
+    assert json.loads(result.removeprefix("RESULT "))[0][0][2] == ["twist"]
