@@ -17,7 +17,7 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual")
 # Streams of random numbers that never meet: one for tokens, one for resampling.
 TOKEN_STREAM, RESAMPLE_STREAM = 0, 1
 
-_MASK32 = 0xFFFFFFFF
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -32,43 +32,43 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def stream_keys(seeds: Tensor, stream: int, positions: Tensor, lanes: Tensor) -> Tensor:
-    """Return one int64 key per (seed, stream, position, lane), all [N] int64.
+def lane_keys(seeds: Tensor, stream: int, lanes: Tensor) -> Tensor:
+    """Return one int64 key per (seed, stream, lane), [N] for int64 ``seeds`` and ``lanes`` [N]."""
+    return _mix64(_mix64(_mix64(seeds * _GOLDEN) ^ (stream + 1)) ^ (lanes * _GOLDEN))
 
-    A key names a sequence of random numbers that depends on nothing else: not on the batch, the
-    device or what was drawn before.
+
+def at_position(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return the keys [N] of ``lane_keys`` at token positions [N], int64.
+
+    Such a key names a sequence of random numbers that depends on nothing else: not on the batch,
+    the device or what was drawn before.
     """
-    golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    key = _mix64(_mix64(seeds * golden) ^ (stream + 1))
-    key = _mix64(key ^ (positions * golden))
-    return _mix64(key ^ (lanes + golden))
+    return _mix64(keys ^ (positions * _GOLDEN))
 
 
 def _scramble32_(x: Tensor) -> Tensor:
-    """Scramble, in place, 32-bit words held in int64 (two multiplies, three xor-shifts)."""
-    x ^= x >> 16
+    """Scramble int32 words in place (two wrapping multiplies, three logical xor-shifts)."""
+    x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
-    x &= _MASK32
-    x ^= x >> 15
-    x *= 0x846CA68B
-    x &= _MASK32
-    x ^= x >> 16
+    x ^= (x >> 15) & 0x1FFFF
+    x *= -2073254261  # 0x846CA68B
+    x ^= (x >> 16) & 0xFFFF
     return x
 
 
 def counter_uniforms(keys: Tensor, n: int) -> Tensor:
     """Return float32 uniforms [N, n] on (0, 1), both ends excluded: entry (i, j) depends on (keys[i], j) alone.
 
-    Values near 0 are resolved to 2**-33; the largest is 1 - 2**-24.
+    Values near 0 are resolved to 2**-32; the largest is 1 - 2**-24.
     """
-    counters = torch.arange(n, dtype=torch.int64, device=keys.device)
-    low, high = keys & _MASK32, _shift_right(keys, 32)
-    words = _scramble32_(counters.mul(0x9E3779B9).add(low[:, None]).bitwise_and_(_MASK32))
+    counters = torch.arange(n, dtype=torch.int32, device=keys.device) * -1640531527  # 0x9E3779B9
+    low, high = keys.to(torch.int32), _shift_right(keys, 32).to(torch.int32)
+    words = _scramble32_(counters + low[:, None])
     words ^= high[:, None]
-    words = _scramble32_(words)
-    # A factor one ulp below 2**-32: words that round to 2**32 would give 1, and 1 a noise of -inf,
+    words = _scramble32_(words).bitwise_and_(0x7FFFFFFF)
+    # A factor one ulp below 2**-31: words that round to 2**31 would give 1, and 1 a noise of -inf,
     # with which an allowed token ties with a forbidden one.
-    return words.to(torch.float32).add_(0.5).mul_(2.0**-32 - 2.0**-56)
+    return words.to(torch.float32).add_(0.5).mul_(2.0**-31 - 2.0**-55)
 
 
 def twist_softmax(logits: Tensor, log_psi: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def twist_softmax(logits: Tensor, log_psi: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def twist_sample(
-    logits: Tensor, log_psi: Tensor, lse0: Tensor, ancestors: Tensor, keys: Tensor
+    logits: Tensor, log_psi: Tensor, lse0: Tensor, ancestors: Tensor | None, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per lane from the twist-induced proposal of the lane's ancestor.
 
@@ -102,15 +102,19 @@ def twist_sample(
     Args:
         logits, log_psi: float32 [N, V].
         lse0: log-sum of ``logits``, [N].
-        ancestors: row to draw from, int64 [N].
-        keys: one key per lane, int64 [N] (``stream_keys``).
+        ancestors: row to draw from, int64 [N]; None draws every lane from its own.
+        keys: one key per lane, int64 [N] (``at_position``).
 
     Returns:
         token int64 [N], log p0(token) [N], log psi(token) [N].
     """
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
     noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
-    token = (noise.add_(logits[ancestors]).add_(log_psi[ancestors])).argmax(dim=-1)
+    if ancestors is None:
+        token = noise.add_(logits).add_(log_psi).argmax(dim=-1)
+        ancestors = torch.arange(len(token), device=token.device)
+    else:
+        token = noise.add_(logits[ancestors]).add_(log_psi[ancestors]).argmax(dim=-1)
     log_p = logits[ancestors, token] - lse0[ancestors]
     return token, log_p, log_psi[ancestors, token]
 
@@ -160,6 +164,25 @@ def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 
 
+def should_resample(
+    log_w: Tensor, live: Tensor, allowed: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Decide which groups resample.
+
+        resampled = allowed and (ESS < threshold * n  or  threshold >= 1),  n = live lanes >= 2
+
+    Args and shapes as in ``resample``. Returns resampled bool [G] and the ESS of the live lanes
+    [G], NaN where the live weights are NaN, +inf or all -inf.
+    """
+    masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
+    most = masked.amax(-1)  # propagates NaN
+    ess = torch.where(torch.isfinite(most), effective_sample_size(masked, live), float("nan"))
+    n = live.sum(-1)
+    thresholds = thresholds.to(torch.float64)
+    uneven = (ess < thresholds * n) | (thresholds >= 1.0)
+    return allowed & torch.isfinite(ess) & (n >= 2) & uneven, ess
+
+
 def resample(
     log_w: Tensor,
     live: Tensor,
@@ -190,17 +213,12 @@ def resample(
         ESS of the live lanes before resampling [G], and resampled bool [G]. A group whose live
         weights are NaN, +inf or all -inf is left as it is, with an ESS of NaN.
     """
+    resampled, ess = should_resample(log_w, live, allowed, thresholds)
     lanes = torch.arange(log_w.shape[-1], device=log_w.device).expand_as(log_w)
     n = live.sum(-1)
     masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
     lse = torch.logsumexp(masked, -1, keepdim=True)
-    sound = torch.isfinite(lse[:, 0])
-    ess = torch.where(sound, effective_sample_size(masked, live), float("nan"))
-    thresholds = thresholds.to(torch.float64)
-    resampled = (
-        allowed & sound & (n >= 2) & ((ess < thresholds * n) | (thresholds >= 1.0))
-    )
-    weights = torch.where(sound[:, None], torch.exp(masked - lse), 0.0)
+    weights = torch.where(torch.isfinite(ess)[:, None], torch.exp(masked - lse), 0.0)
     counts = _offspring(weights, live, schemes, uniforms.to(torch.float64))
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)

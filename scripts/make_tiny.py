@@ -289,7 +289,7 @@ RULES = {
     "old": "my old {one}|the {one} that broke|the {cheap|worn out} {one} i had|the {one} i lost",
     "aim": "to {use_for}|for {person}|for {our|the|my} {place}|to replace {old}|as a gift for {person}"
     "|so that i could {use_for}",
-    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{aim}|{when}|{aim} {when}}{||| {started}}"
+    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{when}|{aim} {when}}{||| {started}}"
     "|{person} {wanted|needed|asked for} {thing} {to {use_for}|for {his} {birthday|new apartment|trip|new job}}"
     "|i have {had|owned|used} {thing} for {days}|we needed {thing} for {our|the} {place}"
     "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}"
@@ -620,7 +620,7 @@ def train_potential(tokenizer, rng: random.Random, count: int = 12_000) -> tuple
     for _ in tqdm(range(200), "potential"):
         logits = counts[held_out:] @ weights + bias
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[held_out:])
-        loss = loss + 2e-3 * weights.square().sum()  # keeps phi soft: few outputs are at 0 or 1
+        loss = loss + 3e-4 * weights.square().sum()  # keeps phi away from 0 and 1
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -757,7 +757,8 @@ def main() -> None:
         steps=args.twist_steps, batch_size=TWIST_BATCH, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE,
         seed=args.seed, progress=lambda steps: tqdm(steps, "twist head"),
     )  # fmt: skip
-    head.save_pretrained(head_folder)
+    head.to(torch.bfloat16).save_pretrained(head_folder)
+    head = TwistHead.from_pretrained(head_folder)  # as saved, in float32
     potential.save(head_folder / "potential.json")
 
     count = 1000

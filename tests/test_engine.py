@@ -223,7 +223,11 @@ def test_plain_rows_are_never_written(engine, wide: Tiny, monkeypatch):
     generate(
         engine(wide),
         [prompt_of(9), prompt_of(17), prompt_of(5)],
-        [params(max_tokens=30, seed=1, twist=0), params(max_tokens=20, twist_particles=7), params(twist=0)],
+        [
+            params(max_tokens=30, ignore_eos=True, seed=1, twist=0),
+            params(max_tokens=20, ignore_eos=True, twist_particles=7),
+            params(max_tokens=30, ignore_eos=True, twist=0),
+        ],
     )
     assert any(lanes == 7 and others == 2 for lanes, others in seen)
 

@@ -15,15 +15,21 @@ from torch import Tensor
 from vllm_twist.kernels.reference import (
     RESAMPLE_STREAM,
     TOKEN_STREAM,
+    at_position,
     counter_uniforms,
-    stream_keys,
+    lane_keys,
     twist_sample,
     twist_softmax,
 )
 
+
+def stream_keys(seeds: Tensor, stream: int, positions: Tensor, lanes: Tensor) -> Tensor:
+    return at_position(lane_keys(seeds, stream, lanes), positions)
+
+
 INF = float("inf")
-#: Keys whose first and second word is 2**32 - 1, the one that is nearest to a uniform of 1.
-TOP_KEYS = (-3028125649337319424, -3169115123423903744)
+#: Keys whose first and second word is 2**31 - 1, the one that is nearest to a uniform of 1.
+TOP_KEYS = (-2573957223134789632, -2469218509977026560)
 
 
 def keys_for(n: int, *, seed: int = 1234, stream: int = TOKEN_STREAM, position: int = 5) -> Tensor:
@@ -63,13 +69,13 @@ def test_uniforms_are_pinned() -> None:
     keys = stream_keys(
         torch.tensor([0, 42, -1]), TOKEN_STREAM, torch.tensor([1, 2, 2**31]), torch.tensor([0, 3, 1023])
     )
-    assert keys.tolist() == [-4334978762528640826, -455508018726934069, 1183469415894838966]
+    assert keys.tolist() == [8715465295809484313, -3952699904024346078, -6985992721275477675]
     other = stream_keys(torch.tensor([42]), RESAMPLE_STREAM, torch.tensor([2]), torch.tensor([0]))
-    assert other.tolist() == [4869874614316118715]
+    assert other.tolist() == [7166722570998464371]
     expected = torch.tensor(
-        [[0.481131971, 0.931873083, 0.776415706],
-         [0.533327937, 0.460219532, 0.465074629],
-         [0.999015272, 0.58652544, 0.265828043]]
+        [[0.186464965, 0.369171411, 0.114642203],
+         [0.129728243, 0.095795326, 0.014005108],
+         [0.648953915, 0.943782806, 0.703539908]]
     )
     torch.testing.assert_close(counter_uniforms(keys, 3), expected, rtol=0, atol=2.0**-24)
 
@@ -132,7 +138,7 @@ def test_neighbours_are_independent(vary: str) -> None:
 
 
 def test_uniforms_exclude_both_ends() -> None:
-    """The largest word rounds up to 2**32 in float32, and must not become a uniform of 1."""
+    """The largest word rounds up to 2**31 in float32, and must not become a uniform of 1."""
     uniforms = counter_uniforms(torch.tensor(TOP_KEYS), 2)
     assert uniforms[0, 0] == uniforms[1, 1] == 1 - 2.0**-24
     many = counter_uniforms(keys_for(64), 50_000)
@@ -176,7 +182,7 @@ LOGITS = torch.tensor([[1.0, 0.0, -0.5, 0.4, -1.0, -INF], [-1.0, 0.5, 0.5, -INF,
 LOG_PSI = torch.tensor([[-1.0, 0.3, 0.8, -0.2, 1.5, 9.0], [0.2, -0.7, 1.0, 5.0, -1.5, 0.1]])
 
 
-def draw(logits: Tensor, log_psi: Tensor, ancestors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, log_psi: Tensor, ancestors: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return twist_sample(logits, log_psi, twist_softmax(logits, None)[0], ancestors, keys)
 
 
@@ -225,10 +231,18 @@ def test_twist_sample_returns_the_ancestor_rows_values() -> None:
     assert token.dtype == torch.int64
 
 
+def test_own_row_when_nothing_was_resampled() -> None:
+    """No ancestors means every lane its own."""
+    own = draw(LOGITS, LOG_PSI, torch.tensor([0, 1]), keys_for(2))
+    for got, want in zip(draw(LOGITS, LOG_PSI, None, keys_for(2)), own, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_twist_sample_leaves_its_inputs() -> None:
     """The noise is added in place, but not into the logits."""
     logits, log_psi = LOGITS.clone(), LOG_PSI.clone()
-    draw(logits, log_psi, torch.tensor([0, 1]), keys_for(2))
+    for ancestors in (torch.tensor([0, 1]), None):
+        draw(logits, log_psi, ancestors, keys_for(2))
     assert torch.equal(logits, LOGITS) and torch.equal(log_psi, LOG_PSI)
 
 

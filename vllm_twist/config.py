@@ -31,7 +31,10 @@ def _integer(name: str, value: Any, low: int) -> int:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"`{name}` must be a number, got {value!r}: pass a plain number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of 309 digits or more, which JSON allows
+        return math.inf
 
 
 def _particles(name: str, value: Any) -> int:
@@ -167,7 +170,7 @@ class TwistConfig:
         head = given.pop("head", None)
         if not head:
             raise ValueError(
-                f"`{PREFIX}_head` is missing, got only {', '.join(f'{PREFIX}_{k}' for k in given)}: "
+                f"`{PREFIX}_head` is missing, got {', '.join(f'{PREFIX}_{k}' for k in given) or 'no option'}: "
                 "pass the folder or hub id of a twist head, or drop the other options."
             )
         return cls(head=str(head), defaults=RequestConfig(**given))

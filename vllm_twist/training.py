@@ -80,9 +80,8 @@ def sample(
 
 
 def log_psi(model: Any, head: TwistHead, hidden: Tensor) -> Tensor:
-    """Return log psi [..., V] of every next token for hidden states [..., H], in float32."""
-    flat = hidden.reshape(-1, hidden.shape[-1]).to(next(head.parameters()).dtype)
-    return head(flat, model.get_output_embeddings()).float().unflatten(0, hidden.shape[:-1])
+    """Return log psi [N, V] of every next token for hidden states [N, H], in float32."""
+    return head(hidden.to(next(head.parameters()).dtype), model.get_output_embeddings()).float()
 
 
 def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tensor:
@@ -102,9 +101,10 @@ def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tenso
 
 def ctl_loss_of(model: Any, tokenizer: Any, log_phi: LogPhi, head: TwistHead, samples: Samples) -> Tensor:
     """Return the CTL loss of the head on samples of one prompt."""
-    values = log_psi(model, head, samples.hidden).gather(2, samples.tokens[..., None])[..., 0]
-    phi = evaluate_log_phi(log_phi, tokenizer, samples)
-    return ctl_loss(values, samples.log_p, samples.log_q, phi, samples.mask)
+    mask = samples.mask
+    values = log_psi(model, head, samples.hidden[mask]).gather(1, samples.tokens[mask][:, None])
+    values = torch.zeros_like(samples.log_p).masked_scatter(mask, values)
+    return ctl_loss(values, samples.log_p, samples.log_q, evaluate_log_phi(log_phi, tokenizer, samples), mask)
 
 
 def train_ctl(

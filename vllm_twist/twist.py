@@ -106,7 +106,7 @@ class TwistHead(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> TwistHead:
-        """Load a head from a folder or a hub repository, in ``dtype`` if given.
+        """Load a head from a folder or a hub repository, in ``dtype`` (float32 by default).
 
         Raises:
             ValueError: a missing or malformed file, tensors that do not match the config, or
@@ -137,9 +137,9 @@ class TwistHead(nn.Module, ABC):
                     f"`twist_head` {str(path)!r}: tensor {name} has dtype {tensor.dtype}, expected a "
                     "floating-point one: save the head unquantised."
                 )
-            if not torch.isfinite(tensor.to(dtype or tensor.dtype)).all():
+            if not torch.isfinite(tensor.to(dtype or torch.float32)).all():
                 raise ValueError(
-                    f"`twist_head` {str(path)!r}: tensor {name} is not finite in {dtype or tensor.dtype}: "
+                    f"`twist_head` {str(path)!r}: tensor {name} is not finite in {dtype or torch.float32}: "
                     "train it again, or serve the model in a dtype of wider range."
                 )
         head.load_state_dict(state)

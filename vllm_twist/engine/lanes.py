@@ -64,14 +64,21 @@ class TwistStep:
 class _Layout:
     """Index tensors for one composition of the batch: L lanes in G groups of at most K."""
 
-    def __init__(self, rows: list[int], specs: list[LaneSpec], slots: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: list[int],
+        specs: list[LaneSpec],
+        slots: list[int],
+        group_sizes: dict[str, int],
+        device: torch.device,
+    ) -> None:
         def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.rows, self.slots = tensor(rows), tensor(slots)
         self.specs = specs
-        self.seeds = tensor([spec.seed for spec in specs])
-        self.lanes = tensor([spec.index for spec in specs])
+        seeds, lanes = tensor([spec.seed for spec in specs]), tensor([spec.index for spec in specs])
+        self.token_keys = reference.lane_keys(seeds, reference.TOKEN_STREAM, lanes)
         self.last = tensor([spec.last_position for spec in specs])
         self.scale = tensor([spec.scale for spec in specs], torch.float32)[:, None]
         self.scaled = any(spec.scale != 1.0 for spec in specs)
@@ -92,7 +99,9 @@ class _Layout:
         firsts = [specs[group[0]] for group in members.values()]
         self.thresholds = tensor([spec.ess_threshold for spec in firsts], torch.float64)
         self.schemes = tensor([spec.scheme for spec in firsts])
-        self.group_seeds = tensor([spec.seed for spec in firsts])
+        group_seeds = tensor([spec.seed for spec in firsts])
+        self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
+        self.complete = tensor([len(members[g]) == group_sizes[g] for g in self.groups], torch.bool)
 
 
 class LaneTable:
@@ -151,7 +160,7 @@ class LaneTable:
     def _lay_out(self, rows: list[int], specs: list[LaneSpec]) -> _Layout:
         if self._layout is None or self._layout[0] != rows or self._layout[1] != specs:
             slots = [self.slots[spec.lane_id] for spec in specs]
-            self._layout = rows, specs, _Layout(rows, specs, slots, self.device)
+            self._layout = rows, specs, _Layout(rows, specs, slots, self.group_sizes, self.device)
         return self._layout[2]
 
     def step(
@@ -190,30 +199,32 @@ class LaneTable:
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
-        complete = torch.tensor(
-            [self.group_sizes[group] for group in layout.groups], device=self.device
-        ) == layout.live.sum(-1)
         at = position[members]
-        aligned = (at == at[:, :1]).all(-1)
-        inside = (at[:, 0] > 1) & (at[:, 0] < layout.last[members[:, 0]])
-        keys = reference.stream_keys(
-            layout.group_seeds, reference.RESAMPLE_STREAM, at[:, 0], torch.zeros_like(layout.group_seeds)
-        )
-        picked, new_log_w, ess, resampled = reference.resample(
-            log_w[members],
-            layout.live,
-            complete & aligned & inside,
-            layout.thresholds,
-            layout.schemes,
-            reference.counter_uniforms(keys, members.shape[1]),
-        )
-        live = layout.live
-        ancestors = torch.empty_like(slots)
-        ancestors[members[live]] = members.gather(1, picked)[live]
-        log_w[members[live]] = new_log_w[live]
+        aligned = layout.complete & (at == at[:, :1]).all(-1)
+        allowed = aligned & (at[:, 0] > 1) & (at[:, 0] < layout.last[members[:, 0]])
+        grouped = log_w[members]
+        resampled, ess = reference.should_resample(grouped, layout.live, allowed, layout.thresholds)
+        # The engine reads the step back anyway, so asking here costs nothing.
+        ancestors = None
+        if resampled.any():
+            keys = reference.at_position(layout.group_keys, at[:, 0])
+            picked, new_log_w, _, _ = reference.resample(
+                grouped,
+                layout.live,
+                allowed,
+                layout.thresholds,
+                layout.schemes,
+                reference.counter_uniforms(keys, members.shape[1]),
+            )
+            live = layout.live
+            ancestors = torch.empty_like(slots)
+            ancestors[members[live]] = members.gather(1, picked)[live]
+            log_w[members[live]] = new_log_w[live]
 
-        keys = reference.stream_keys(layout.seeds, reference.TOKEN_STREAM, position, layout.lanes)
+        keys = reference.at_position(layout.token_keys, position)
         token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
+        if ancestors is None:
+            ancestors = torch.arange(len(slots), device=self.device)
         log_p = self.log_p[slots][ancestors] + token_log_p
         self.log_w[slots] = log_w
         self.log_p[slots] = log_p

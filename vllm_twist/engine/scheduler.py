@@ -224,6 +224,10 @@ class TwistSchedulerMixin:
         Done before the base scheduler finds itself short, which would pick single lanes. The
         oldest one is never preempted: alone it fits, as was checked when it came.
         """
+        most_per_request = self.max_num_scheduled_tokens // self.block_tables.block_size + 2
+        inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
+        if inside * most_per_request <= self.block_pool.get_num_free_blocks():
+            return  # plenty; spares the count on most steps
         while self._blocks_short() > 0:
             units: list[Group | Request] = [group for group in self._active_groups() if self._is_running(group)]
             units += [request for request in self.running if request.request_id not in self.group_of]

@@ -1,0 +1,65 @@
+"""Reading a request's result."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vllm_twist
+from vllm_twist.results import RESULT_KEY, Particle, TwistResult, results
+
+ENTRY: dict[str, Any] = {"log_z": -3.5, "ess": 2.5, "num_resamplings": 4, "chosen": 1, "particles": None}
+PARTICLES = [
+    {"token_ids": [5, 1], "log_weight": -0.7, "log_prob": -2.0, "finished": True},
+    {"token_ids": [5, 6, 7], "log_weight": -0.69, "log_prob": -4.0, "finished": False},
+]
+
+
+def output(params: Any) -> Any:
+    return SimpleNamespace(kv_transfer_params=params)
+
+
+def test_one_result_per_completion() -> None:
+    """In order, from an output or from the dict that a server's JSON holds; other connectors' keys do no harm."""
+    params = {RESULT_KEY: [ENTRY, {**ENTRY, "chosen": 0}], "remote_host": "x"}
+    first, second = results(output(params))
+    assert first == TwistResult(log_z=-3.5, ess=2.5, num_resamplings=4, chosen=1)
+    assert second.chosen == 0
+    assert results(params) == [first, second]
+
+
+def test_particles() -> None:
+    """Each becomes a ``Particle``, and the entry that was read is left as it was."""
+    entry = {**ENTRY, "particles": PARTICLES}
+    (got,) = results({RESULT_KEY: [entry]})
+    assert got.particles == [
+        Particle(token_ids=[5, 1], log_weight=-0.7, log_prob=-2.0, finished=True),
+        Particle(token_ids=[5, 6, 7], log_weight=-0.69, log_prob=-4.0, finished=False),
+    ]
+    assert entry["particles"] is PARTICLES
+    # Not asked for, and left out of the entry altogether.
+    (got,) = results({RESULT_KEY: [{k: v for k, v in ENTRY.items() if k != "particles"}]})
+    assert got.particles is None
+
+
+@pytest.mark.parametrize("untwisted", [output(None), output({}), output({"remote_host": "x"}), {}, SimpleNamespace()])
+def test_untwisted(untwisted: Any) -> None:
+    with pytest.raises(ValueError, match=r"`output` carries no twist result: the engine has no .*`twist=0`"):
+        results(untwisted)
+
+
+def test_error_is_raised_with_its_message() -> None:
+    """An entry that says what went wrong must not be read as a result, whichever completion it is."""
+    with pytest.raises(RuntimeError, match="every particle has weight zero"):
+        results(output({RESULT_KEY: [ENTRY, {"error": "every particle has weight zero"}]}))
+
+
+def test_public_names() -> None:
+    """``from vllm_twist import results`` is the function, though a module has the same name."""
+    import importlib
+
+    importlib.import_module("vllm_twist.results")
+    assert vllm_twist.results is results
+    assert vllm_twist.TwistResult is TwistResult and vllm_twist.Particle is Particle

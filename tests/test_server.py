@@ -1,0 +1,217 @@
+"""A real ``vllm serve`` process, driven by the ``openai`` client as any other server is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from vllm_twist import results
+
+MODEL = "models/tiny-reviews"
+HEAD = "models/tiny-reviews-positive"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a server with a twist head and 32 slots; yield its address."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", MODEL, "--twist-head", HEAD, "--twist-particles", "8",
+        "--twist-ess-threshold", "0.5", "--twist-resampling", "systematic", "--twist-scale", "1.0",
+        "--enforce-eager", "--max-num-seqs", "32", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port),
+        "--kv-cache-memory-bytes", str(2**26),
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=repo_root, env=env, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-4000:]
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not come up: {log.read_text()[-4000:]}")
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def metric(server: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
+
+
+def wait_until_idle(server: str) -> None:
+    for _ in range(100):
+        running = metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting")
+        if running == 0 and metric(server, "vllm:kv_cache_usage_perc") == 0:
+            return
+        time.sleep(0.2)
+    pytest.fail("requests or KV blocks are left over")
+
+
+def twist_of(response: Any) -> list[Any]:
+    return results(response.model_extra["kv_transfer_params"])
+
+
+def complete(client: openai.OpenAI, prompt: Any = "I bought this", **options: Any) -> Any:
+    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
+    return client.completions.create(
+        model=MODEL, prompt=prompt, **{"max_tokens": 24, **options}, extra_body={"vllm_xargs": extra} if extra else None
+    )
+
+
+def test_completion(client: openai.OpenAI):
+    """An unchanged client gets a draw from the target; the JSON carries the result."""
+    response = complete(client, seed=1)
+    (group,) = twist_of(response)
+    assert response.choices[0].text
+    assert math.isfinite(group.log_z) and 1 <= group.ess <= 8.001
+    assert group.particles is None
+    again = complete(client, seed=1)
+    assert again.choices[0].text == response.choices[0].text
+
+
+def test_request_keys(client: openai.OpenAI):
+    response = complete(client, seed=1, twist_particles=32, twist_return_particles=1, twist_scale=0.5,
+                        twist_ess_threshold=1.0, twist_resampling="residual")  # fmt: skip
+    (group,) = twist_of(response)
+    assert len(group.particles) == 32
+    assert sum(math.exp(p.log_weight) for p in group.particles) == pytest.approx(1)
+    plain = complete(client, seed=1, twist=0)
+    assert plain.model_extra["kv_transfer_params"] is None
+
+
+def test_choices(client: openai.OpenAI):
+    """One entry per choice, for n = 2 and for two prompts."""
+    response = complete(client, n=2, seed=3)
+    assert len(response.choices) == len(twist_of(response)) == 2
+    assert len({group.log_z for group in twist_of(response)}) == 2
+    response = complete(client, ["I bought this", "The battery"], n=2, seed=3)
+    assert len(response.choices) == len(twist_of(response)) == 4
+
+
+def test_chat(client: openai.OpenAI):
+    response = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "This blender"}], max_tokens=24, seed=1
+    )
+    assert response.choices[0].message.content
+    assert len(twist_of(response)) == 1
+    open_ended = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "This blender"}])
+    assert open_ended.choices[0].finish_reason in ("stop", "length")
+
+
+def test_streaming(client: openai.OpenAI):
+    """Tokens arrive when the group is done, as the same text."""
+    whole = complete(client, seed=5)
+    chunks = list(complete(client, seed=5, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_stop_string_and_logprobs(client: openai.OpenAI):
+    """Stop strings cut the drawn text; logprobs cover its tokens."""
+    whole = complete(client, seed=6, logprobs=2)
+    text = whole.choices[0].text
+    assert len(whole.choices[0].logprobs.token_logprobs) == whole.usage.completion_tokens
+    stop = text[5:9]
+    cut = complete(client, seed=6, stop=stop)
+    assert cut.choices[0].text == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+BAD = [
+    ({"twist_particles": 0}, "`twist_particles` must be at least 1, got 0"),
+    ({"twist_particles": 33}, "`twist_particles` must be at most `max_num_seqs`=32, got 33"),
+    ({"twist_particles": 1.5}, "`twist_particles` must be an integer"),
+    ({"twist_ess_threshold": -1}, "`twist_ess_threshold` must lie in [0, inf)"),
+    ({"twist_resampling": "best"}, "`twist_resampling` must be one of"),
+    ({"twist_partices": 4}, "did you mean 'twist_particles'?"),
+    ({"twist": 7}, "`twist` must be 0 or 1"),
+    ({"temperature": 0}, "`temperature` must be above 0 with a twist"),
+    ({"echo": True, "logprobs": 1}, "`prompt_logprobs` is not supported together with a twist"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD, ids=lambda value: str(value)[:30])
+def test_bad_input_is_http_400(client: openai.OpenAI, options: dict[str, Any], message: str):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, **options)
+    assert message in str(caught.value)
+
+
+def test_structured_outputs_are_refused(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="structured_outputs"):
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], response_format={"type": "json_object"}
+        )
+
+
+def test_broken_weights_are_an_error_that_says_so(client: openai.OpenAI, server: str):
+    with pytest.raises(openai.InternalServerError, match="NaN, infinite or all zero: check the head"):
+        complete(client, twist_scale=3e38)
+    assert complete(client, seed=1).choices[0].text
+    wait_until_idle(server)
+
+
+def test_disconnect_mid_way_frees_everything(client: openai.OpenAI, server: str):
+    """A client that leaves takes its lanes along; the next one is served."""
+    body = json.dumps({"model": MODEL, "prompt": "My daughter", "max_tokens": 200, "ignore_eos": True,
+                       "vllm_xargs": {"twist_particles": 32}}).encode()  # fmt: skip
+    host, port = server.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        for _ in range(100):
+            if metric(server, "vllm:num_requests_running") > 0:
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("the request never ran")
+    wait_until_idle(server)
+    assert complete(client, seed=1).choices[0].text
+
+
+def test_many_clients(client: openai.OpenAI, server: str):
+    """Twisted and plain requests side by side, more lanes than slots; all are answered."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(i: int) -> Any:
+        return complete(client, seed=i, **({"twist_particles": 12} if i % 3 else {"twist": 0}))
+
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(ask, range(24)))
+    assert all(response.choices[0].text for response in responses)
+    wait_until_idle(server)
