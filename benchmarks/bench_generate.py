@@ -94,9 +94,7 @@ def main() -> None:
     print(f"{hardware()} · {versions()} · {args.model} · T={args.max_tokens} · {args.repeats} repeats")
     print(f"{'K':>4}  {'plain n=K tok/s':>24}  {'twisted tok/s':>24}  {'ratio':>6}   (median, quartiles)")
     for particles in args.particles:
-        rates = measure(
-            llm, "I bought this", particles=particles, max_tokens=args.max_tokens, repeats=args.repeats
-        )
+        rates = measure(llm, "I bought this", particles=particles, max_tokens=args.max_tokens, repeats=args.repeats)
         quartiles = {name: statistics.quantiles(values, n=4) for name, values in rates.items()}
         ratio = quartiles["twisted"][1] / quartiles["plain"][1]
         cells = [f"{q[1]:9.0f} ({q[0]:.0f}-{q[2]:.0f})" for q in (quartiles["plain"], quartiles["twisted"])]

@@ -1,6 +1,6 @@
 """Plain and twisted samples of the same prompts, side by side, from one engine.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

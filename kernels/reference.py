@@ -164,9 +164,7 @@ def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 
 
-def should_resample(
-    log_w: Tensor, live: Tensor, allowed: Tensor, thresholds: Tensor
-) -> tuple[Tensor, Tensor]:
+def should_resample(log_w: Tensor, live: Tensor, allowed: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Decide which groups resample.
 
         resampled = allowed and (ESS < threshold * n  or  threshold >= 1),  n = live lanes >= 2

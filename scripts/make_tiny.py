@@ -31,7 +31,7 @@ from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_TYPE, HEAD_RANK = "mlp", None
-BATCH, TWIST_BATCH = 64, 64
+BATCH, TWIST_BATCH = 64, 128
 MAX_TOKENS, LEARNING_RATE = 64, 1e-3
 PROMPTS = ("I bought this", "The battery", "My daughter", "This blender", "After two weeks", "This", "The")
 UNSEEN_PROMPTS = ("My husband", "We needed", "I have had this laptop for")
@@ -731,7 +731,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "tiny-model.md", help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
-    parser.add_argument("--twist-steps", type=int, default=600, help="steps of the twist head")
+    parser.add_argument("--twist-steps", type=int, default=400, help="steps of the twist head")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of PyTorch")
     args = parser.parse_args()
 

@@ -101,7 +101,9 @@ def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch):
 def test_particles_end_on_their_own(clean, wide: Tiny):
     """EOS, a stop token and max_tokens end particles one by one; the others go on resampling."""
     (output,) = generate(
-        clean(wide), [prompt_of(20)], params(max_tokens=60, seed=2, stop_token_ids=[7], twist_particles=32, **EVERY_STEP)
+        clean(wide),
+        [prompt_of(20)],
+        params(max_tokens=60, seed=2, stop_token_ids=[7], twist_particles=32, **EVERY_STEP),
     )
     group = results(output)[0]
     for particle in group.particles:
@@ -184,10 +186,11 @@ def test_logprobs_follow_the_lineage(clean, wide: Tiny):
 
 def test_plain_requests_among_twisted_ones(clean, wide: Tiny):
     """twist=0 requests are what a plain engine gives, alone bit for bit, and among groups by token."""
-    plain = [params(max_tokens=30, temperature=0.0, logprobs=5), params(max_tokens=30, seed=1, logprobs=5)]
+    common = {"max_tokens": 30, "logprobs": 5}
+    plain = [params(temperature=0.0, **common), params(seed=1, **common)]
     prompts = [prompt_of(9), prompt_of(17)]
     reference = generate(clean(wide, twist=False), prompts, plain)
-    off = [params(max_tokens=30, temperature=0.0, logprobs=5, twist=0), params(max_tokens=30, seed=1, logprobs=5, twist=0)]
+    off = [params(temperature=0.0, twist=0, **common), params(seed=1, twist=0, **common)]
     llm = clean(wide)
     for expected, got in zip(reference, generate(llm, prompts, off), strict=True):
         assert got.outputs[0].token_ids == expected.outputs[0].token_ids
@@ -264,9 +267,9 @@ def test_whole_groups_are_preempted(clean, wide: Tiny, monkeypatch, caching: boo
     monkeypatch.setattr(
         type(scheduler_of(llm)), "_park", lambda self, group: (parked.append(group.id), real(self, group))[1]
     )
-    requests = [
-        params(max_tokens=100, ignore_eos=True, twist_particles=8, seed=i, **EVERY_STEP) for i in range(4)
-    ] + [params(max_tokens=100, ignore_eos=True, twist=0)]
+    requests = [params(max_tokens=100, ignore_eos=True, twist_particles=8, seed=i, **EVERY_STEP) for i in range(4)] + [
+        params(max_tokens=100, ignore_eos=True, twist=0)
+    ]
     outputs = generate(llm, [prompt_of(20 + i) for i in range(5)], requests)
     assert parked, "the test must preempt"
     for output in outputs[:4]:
@@ -385,7 +388,10 @@ def test_bad_requests(clean, wide: Tiny, options: dict[str, Any], message: str):
 def test_group_that_never_fits(clean, wide: Tiny):
     """Refused with the numbers; the same group with fewer tokens runs."""
     llm = clean(wide, num_gpu_blocks_override=20)
-    message = r"`twist_particles`=16 can never fit into the KV cache: a prompt of 10 and `max_tokens`=100 need up to 64 blocks of 32 tokens, the cache has 19"
+    message = (
+        r"`twist_particles`=16 can never fit into the KV cache: a prompt of 10 and `max_tokens`=100 need up to "
+        r"64 blocks of 32 tokens, the cache has 19"
+    )
     with pytest.raises(ValueError, match=message):
         generate(llm, [prompt_of(10)], params(max_tokens=100, twist_particles=16))
     generate(llm, [prompt_of(10)], params(max_tokens=20, twist_particles=16))

@@ -60,9 +60,7 @@ def assert_samples_the_law(outputs: list[Any], law: Law, first: int) -> None:
         ]
         assert within(estimates, z * law.expectation(f)), f.__name__
         # The completion is drawn by weight: reweighted by Z-hat it follows sigma.
-        drawn = [
-            value * f(tuple(output.outputs[0].token_ids)) for value, output in zip(z_hat, outputs, strict=True)
-        ]
+        drawn = [value * f(tuple(output.outputs[0].token_ids)) for value, output in zip(z_hat, outputs, strict=True)]
         assert within(drawn, z * law.expectation(f)), f"drawn {f.__name__}"
     for group in groups:
         for particle in group.particles:
@@ -135,9 +133,7 @@ def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, A
         scale=options.get("twist_scale", 1.0),
         **law_options,
     )
-    outputs = run(
-        engine(small), PROMPTS["below"], 600, particles=4, horizon=3, twist_ess_threshold=1.0, **options
-    )
+    outputs = run(engine(small), PROMPTS["below"], 600, particles=4, horizon=3, twist_ess_threshold=1.0, **options)
     assert_samples_the_law(outputs, law, first=2)
 
 

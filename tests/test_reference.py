@@ -66,16 +66,16 @@ def test_uniforms_depend_on_their_key_alone() -> None:
 
 def test_uniforms_are_pinned() -> None:
     """A seed means the same samples in every version and on every device: a change here is a breaking one."""
-    keys = stream_keys(
-        torch.tensor([0, 42, -1]), TOKEN_STREAM, torch.tensor([1, 2, 2**31]), torch.tensor([0, 3, 1023])
-    )
+    keys = stream_keys(torch.tensor([0, 42, -1]), TOKEN_STREAM, torch.tensor([1, 2, 2**31]), torch.tensor([0, 3, 1023]))
     assert keys.tolist() == [8715465295809484313, -3952699904024346078, -6985992721275477675]
     other = stream_keys(torch.tensor([42]), RESAMPLE_STREAM, torch.tensor([2]), torch.tensor([0]))
     assert other.tolist() == [7166722570998464371]
     expected = torch.tensor(
-        [[0.186464965, 0.369171411, 0.114642203],
-         [0.129728243, 0.095795326, 0.014005108],
-         [0.648953915, 0.943782806, 0.703539908]]
+        [
+            [0.186464965, 0.369171411, 0.114642203],
+            [0.129728243, 0.095795326, 0.014005108],
+            [0.648953915, 0.943782806, 0.703539908],
+        ]
     )
     torch.testing.assert_close(counter_uniforms(keys, 3), expected, rtol=0, atol=2.0**-24)
 

@@ -191,7 +191,10 @@ def test_disconnect_mid_way_frees_everything(client: openai.OpenAI, server: str)
     body = json.dumps({"model": MODEL, "prompt": "My daughter", "max_tokens": 200, "ignore_eos": True,
                        "vllm_xargs": {"twist_particles": 32}}).encode()  # fmt: skip
     host, port = server.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
         for _ in range(100):

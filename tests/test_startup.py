@@ -94,8 +94,9 @@ llm = LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="floa
           kv_cache_memory_bytes=2**26, seed=0, **json.loads(sys.argv[2]))
 params = [SamplingParams(max_tokens=24, seed=s, logprobs=4, detokenize=False) for s in range(3)]
 outs = llm.generate([{{"prompt_token_ids": [2, 9, 4]}}] * 3, params, use_tqdm=False)
-print("RESULT", json.dumps([[[o.outputs[0].token_ids, [[(t, l.logprob) for t, l in e.items()] for e in o.outputs[0].logprobs],
-      sorted(o.kv_transfer_params or {{}})]] for o in outs]))
+logprobs = [[[(t, l.logprob) for t, l in e.items()] for e in o.outputs[0].logprobs] for o in outs]
+keys = [sorted(o.kv_transfer_params or {{}}) for o in outs]
+print("RESULT", json.dumps([[o.outputs[0].token_ids, *rest] for o, *rest in zip(outs, logprobs, keys)]))
 """
 
 
@@ -121,4 +122,4 @@ def test_installed_but_unused_changes_nothing(wide: Tiny):
 def test_keyword_is_known_without_and_with_an_import(wide: Tiny, preamble: str):
     """LLM(..., twist_head=...) works whether vllm_twist is imported never, before or after vllm."""
     result = sample(wide, preamble=preamble, twist_head=str(wide.head_path), twist_particles=2)
-    assert json.loads(result.removeprefix("RESULT "))[0][0][2] == ["twist"]
+    assert json.loads(result.removeprefix("RESULT "))[0][2] == ["twist"]

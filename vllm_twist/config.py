@@ -20,9 +20,7 @@ PREFIX = "twist"
 
 def _integer(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(
-            f"`{name}` must be an integer of at least {low}, got {value!r}: pass a whole number."
-        )
+        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}: pass a whole number.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}: raise it to {low} or more.")
     return value
@@ -63,9 +61,7 @@ def _scheme(name: str, value: Any) -> str:
 def _scale(name: str, value: Any) -> float:
     number = _number(name, value)
     if not math.isfinite(number):
-        raise ValueError(
-            f"`{name}` must be a finite number, got {value!r}: 1 is the twist as learned, 0 turns it off."
-        )
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}: 1 is the twist as learned, 0 turns it off.")
     return number
 
 

@@ -168,9 +168,9 @@ def smc(
         if pinned is not None:
             token = torch.cat([pinned[t - 1 : t], token])
         prefixes = torch.cat([prefixes, token[:, None]], -1)
-        value = log_psi.gather(-1, token[:, None])[:, 0]
-        current = target.log_phi(prefixes) if t == target.horizon else value
-        log_w = log_w + current - (_or_one(value) if proposal == "twist" else previous)
+        drawn = log_psi.gather(-1, token[:, None])[:, 0]
+        current = target.log_phi(prefixes) if t == target.horizon else drawn
+        log_w = log_w + current - (_or_one(drawn) if proposal == "twist" else previous)
         previous = _or_one(current)
         if not weigh_first and t in resample_at:
             log_w, prefixes, previous = resample(log_w, prefixes, previous)

@@ -193,8 +193,9 @@ class LowRankHead(TwistHead, kind="low_rank"):
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
-        self.down = nn.Parameter(torch.empty(config.rank, config.hidden_size))
-        self.up = nn.Parameter(torch.empty(config.vocab_size, config.rank))
+        rank = config.rank or 0  # checked by the config
+        self.down = nn.Parameter(torch.empty(rank, config.hidden_size))
+        self.up = nn.Parameter(torch.empty(config.vocab_size, rank))
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
     def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
@@ -212,15 +213,14 @@ class TiedHead(TwistHead, kind="tied"):
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
-        self.down = nn.Parameter(torch.empty(config.rank, config.hidden_size))
-        self.down_bias = nn.Parameter(torch.empty(config.rank))
-        self.up = nn.Parameter(torch.empty(config.hidden_size, config.rank))
+        rank = config.rank or 0  # checked by the config
+        self.down = nn.Parameter(torch.empty(rank, config.hidden_size))
+        self.down_bias = nn.Parameter(torch.empty(rank))
+        self.up = nn.Parameter(torch.empty(config.hidden_size, rank))
 
     def update(self, hidden: Tensor) -> Tensor:
         """Return u(h) [N, H] for h [N, H]."""
-        return nn.functional.linear(
-            torch.relu(nn.functional.linear(hidden, self.down, self.down_bias)), self.up
-        )
+        return nn.functional.linear(torch.relu(nn.functional.linear(hidden, self.down, self.down_bias)), self.up)
 
     def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
         if lm_head is None:

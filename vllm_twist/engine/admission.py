@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_twist.config import TwistConfig
+from vllm_twist.config import PREFIX, TwistConfig
 from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
 
 #: Key under which an admitted request's settings travel in ``SamplingParams.extra_args``.
@@ -19,6 +19,11 @@ _GREEDY = 1e-5
 
 class TwistValidationError(VLLMValidationError, ValueError):
     """A request that cannot be twisted as asked: a ``ValueError`` offline, HTTP 400 on the server."""
+
+
+def read_config(vllm_config: Any) -> TwistConfig:
+    """Return the twist settings that travel in an engine's ``additional_config``."""
+    return TwistConfig.from_dict(vllm_config.additional_config[PREFIX])
 
 
 def fit_length(
@@ -109,7 +114,7 @@ def admit(vllm_config: Any, request: Any) -> None:
     params = request.sampling_params
     if params is None:
         return
-    config = TwistConfig.from_dict(vllm_config.additional_config["twist"])
+    config = read_config(vllm_config)
     try:
         settings = config.defaults.override(params.extra_args)
         if settings is None:

@@ -1,12 +1,20 @@
 """Every patch of vLLM, and nothing else. All other code subclasses or registers.
 
-| patched | why | can go when |
-|---|---|---|
-| ``EngineArgs``/``AsyncEngineArgs`` ``.__init__``, ``.from_cli_args``, ``.add_cli_args``, ``.create_engine_config`` | options of a plugin have no place of their own | vLLM lets plugins declare engine options |
-| ``InputProcessor.process_inputs`` | a request is checked against the engine's size at admission; ``validate_params`` sees neither engine nor prompt | the hook is given both |
-| ``RequestState.make_request_output`` | with ``n > 1`` only the last choice's ``kv_transfer_params`` survive | they are kept per choice |
-| ``OpenAIServingCompletion.request_output_to_completion_response`` | with several prompts only the first one's survive | as above |
-| ``GenerateBaseServing._raise_if_error`` | the reason why a request failed does not reach the client | outputs carry an error message |
+``EngineArgs`` / ``AsyncEngineArgs``: ``__init__``, ``from_cli_args``, ``add_cli_args``, ``create_engine_config``
+    why: options of a plugin have no place of their own
+    can go when: vLLM lets plugins declare engine options
+``InputProcessor.process_inputs``
+    why: a request is checked against the engine's size; ``validate_params`` sees neither engine nor prompt
+    can go when: that hook is given both
+``RequestState.make_request_output``
+    why: with ``n > 1`` only the last choice's ``kv_transfer_params`` survive
+    can go when: they are kept per choice
+``OpenAIServingCompletion.request_output_to_completion_response``
+    why: with several prompts only the first one's ``kv_transfer_params`` survive
+    can go when: they are kept per choice
+``GenerateBaseServing._raise_if_error``
+    why: the reason why a request failed does not reach the client
+    can go when: outputs carry an error message
 
 The frontend patches are applied only once an engine with a twist head is configured, and do
 nothing for engines without one. Every patched signature is asserted by a test.
@@ -44,7 +52,6 @@ def check_vllm_version() -> None:
         raise ValueError(
             f"`twist_head` needs vLLM {vllm_twist.SUPPORTED_VLLM}, got {installed}: install a version in that range."
         )
-
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
@@ -172,9 +179,7 @@ def _patch_server() -> None:
         def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
             response = original(self, final_res_batch, *args, **kwargs)
             entries = [
-                entry
-                for result in final_res_batch
-                for entry in (result.kv_transfer_params or {}).get(RESULT_KEY, ())
+                entry for result in final_res_batch for entry in (result.kv_transfer_params or {}).get(RESULT_KEY, ())
             ]
             if entries:
                 response.kv_transfer_params = {**response.kv_transfer_params, RESULT_KEY: entries}

@@ -19,9 +19,7 @@ def log_sum_exp(values: list[float]) -> float:
     return top + math.log(sum(math.exp(value - top) for value in values))
 
 
-def blocks_at_length(
-    prompt_len: int, length: int, particles: int, block_size: int, share_prompt: bool
-) -> int:
+def blocks_at_length(prompt_len: int, length: int, particles: int, block_size: int, share_prompt: bool) -> int:
     """Return how many KV blocks a group may need when its particles have ``length`` tokens each.
 
     Full prompt blocks are held once if ``share_prompt``; everything after them is counted per
@@ -31,9 +29,7 @@ def blocks_at_length(
     return shared + particles * (-(-length // block_size) - shared)
 
 
-def longest_that_fits(
-    prompt_len: int, particles: int, block_size: int, num_blocks: int, share_prompt: bool
-) -> int:
+def longest_that_fits(prompt_len: int, particles: int, block_size: int, num_blocks: int, share_prompt: bool) -> int:
     """Return the largest length (prompt included) at which the group surely fits ``num_blocks``."""
     shared = (prompt_len - 1) // block_size if share_prompt else 0
     per_lane = (num_blocks - shared) // particles

@@ -111,7 +111,9 @@ class LaneTable:
     ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does.
     """
 
-    def __init__(self, device: torch.device, truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> None:
+    def __init__(
+        self, device: torch.device, truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    ) -> None:
         self.device = device
         self.truncate = truncate
         self.slots: dict[str, int] = {}
@@ -247,19 +249,18 @@ class LaneTable:
         self, specs: list[LaneSpec], base: Tensor, lse0: Tensor, ancestors: Tensor, token: Tensor
     ) -> dict[str, tuple[list[int], list[float], int]]:
         """Return (token ids, log p0, rank) of the drawn token and the top ones, where asked for."""
-        wanted = [i for i, spec in enumerate(specs) if spec.num_logprobs is not None]
+        wanted = {i: spec.num_logprobs for i, spec in enumerate(specs) if spec.num_logprobs is not None}
         if not wanted:
             return {}
-        index = torch.tensor(wanted, device=self.device)
-        log_p = (base[ancestors[index]] - lse0[ancestors[index], None])
+        index = torch.tensor(list(wanted), device=self.device)
+        log_p = base[ancestors[index]] - lse0[ancestors[index], None]
         drawn = token[index, None]
         drawn_log_p = log_p.gather(1, drawn)
-        most = max(specs[i].num_logprobs for i in wanted)
-        top = log_p.topk(min(most, log_p.shape[-1]), dim=-1)
+        top = log_p.topk(min(max(wanted.values()), log_p.shape[-1]), dim=-1)
         ids = torch.cat([drawn, top.indices], dim=1).tolist()
         values = torch.cat([drawn_log_p, top.values], dim=1).tolist()
         ranks = (log_p >= drawn_log_p).sum(-1).tolist()
         return {
-            specs[i].lane_id: (ids[j][: specs[i].num_logprobs + 1], values[j][: specs[i].num_logprobs + 1], ranks[j])
-            for j, i in enumerate(wanted)
+            specs[i].lane_id: (ids[j][: count + 1], values[j][: count + 1], ranks[j])
+            for j, (i, count) in enumerate(wanted.items())
         }

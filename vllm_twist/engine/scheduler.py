@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -28,7 +28,13 @@ from vllm_twist.results import RESULT_KEY
 logger = init_logger(__name__)
 
 
-class TwistSchedulerMixin:
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class TwistSchedulerMixin(_Base):
     """Runs particle groups on top of a vLLM scheduler, through its own queues and KV manager.
 
     A twisted request enters as one lane, the leader. When its prompt has been computed the other
@@ -72,10 +78,9 @@ class TwistSchedulerMixin:
 
     def _add_group(self, request: Request, fields: dict[str, Any]) -> None:
         settings = RequestConfig(**fields)
+        assert request.sampling_params is not None
         seed = request.sampling_params.seed
-        group = Group(
-            leader=request, settings=settings, seed=random.getrandbits(62) if seed is None else seed % 2**62
-        )
+        group = Group(leader=request, settings=settings, seed=random.getrandbits(62) if seed is None else seed % 2**62)
         try:
             length = fit_length(
                 request.num_prompt_tokens,
@@ -149,9 +154,7 @@ class TwistSchedulerMixin:
     def _slots_in_use(self) -> int:
         """Return the batch slots taken or promised: requests inside, and lanes still to come."""
         inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
-        return inside + sum(
-            group.settings.particles - len(group.lanes) for group in self._active_groups()
-        )
+        return inside + sum(group.settings.particles - len(group.lanes) for group in self._active_groups())
 
     def _admit(self) -> None:
         """Hand staged requests to the base scheduler, first come first served.
@@ -489,9 +492,7 @@ class TwistSchedulerMixin:
         group.leader.status = status
         del self.groups[group.id]
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         if request_ids is None:
             wanted = {*self.requests, *self.groups, *(request.request_id for request in self.staged)}
         else:

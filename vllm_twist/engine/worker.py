@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_twist.config import TwistConfig
+from vllm_twist.engine.admission import read_config
 from vllm_twist.engine.fork_v1 import fork
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
 from vllm_twist.twist import TiedHead, TwistHead
@@ -30,10 +31,10 @@ class Readout:
     def __init__(self, model: nn.Module, head: TwistHead, processor: TwistLogitsProcessor) -> None:
         self.head = head
         self.processor = processor
-        self.compute_logits = model.compute_logits
+        self.compute_logits: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
         self.hidden: Tensor | None = None
         self.tied: Tensor | None = None
-        model.compute_logits = self
+        model.compute_logits = self  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         self.hidden, self.tied = hidden, None
@@ -56,12 +57,18 @@ class Readout:
         return self.head(self.hidden[rows])
 
 
-class TwistWorkerMixin:
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
+
+
+class TwistWorkerMixin(_Base):
     """Load the head beside the model; fork after sampling; send the step back with the output."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
-        config = TwistConfig.from_dict(self.vllm_config.additional_config["twist"])
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        config = read_config(self.vllm_config)
         runner = self.model_runner
         self.twist = next(p for p in runner.input_batch.logitsprocs.all if isinstance(p, TwistLogitsProcessor))
         self.readout = Readout(runner.get_model(), self._read_head(config.head), self.twist)
@@ -70,7 +77,7 @@ class TwistWorkerMixin:
 
     def _read_head(self, head: str) -> TwistHead:
         model_config = self.vllm_config.model_config
-        loaded = TwistHead.from_pretrained(head, dtype=model_config.dtype)
+        loaded = TwistHead.from_pretrained(head, dtype=model_config.dtype)  # type: ignore[arg-type]
         loaded.check_fits(model_config.get_hidden_size(), model_config.get_vocab_size())
         return loaded.requires_grad_(False).to(self.device)
 
@@ -84,10 +91,10 @@ class TwistWorkerMixin:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.twist.table.release(scheduler_output.finished_req_ids)
-        return super().execute_model(scheduler_output)  # type: ignore[misc]
+        return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        output = super().sample_tokens(grammar_output)
         step = self.twist.take_step()
         if step is not None:
             forks = step.forks()

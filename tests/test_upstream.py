@@ -1,0 +1,172 @@
+"""The seams to vLLM: each overridden, patched or used internal is still what it was written against.
+
+A failure here after an upgrade names what moved, before anything subtler goes wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_twist.engine import compat
+from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
+from vllm_twist.engine.worker import TwistWorkerMixin
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    """Return name, kind and default of each parameter, of the original if the function is wrapped."""
+    signature = inspect.signature(inspect.unwrap(function))
+    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+
+OVERRIDDEN = [
+    *((TwistSchedulerMixin, Scheduler, name) for name in (
+        "add_request", "schedule", "update_from_output", "finish_requests", "reset_prefix_cache",
+        "get_request_counts", "has_finished_requests",
+    )),
+    *((TwistWorkerMixin, base, name) for base in (Worker, CPUWorker) for name in (
+        "load_model", "execute_model", "sample_tokens",
+    )),
+    *((TwistLogitsProcessor, LogitsProcessor, name) for name in (
+        "__init__", "is_argmax_invariant", "update_state", "apply",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ours, theirs, name", OVERRIDDEN, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_overrides_have_the_signatures_of_what_they_override(ours: type, theirs: type, name: str):
+    assert parameters(getattr(ours, name)) == parameters(getattr(theirs, name))
+
+
+def test_every_override_is_listed():
+    """A method that shares its name with the base but is missing above would drift unseen."""
+    listed = {(ours, name) for ours, _, name in OVERRIDDEN} | {(TwistSchedulerMixin, "__init__")}
+    for ours, theirs in ((TwistSchedulerMixin, Scheduler), (TwistWorkerMixin, Worker)):
+        for name in vars(ours):
+            if callable(getattr(ours, name)) and hasattr(theirs, name) and name not in dir(object):
+                assert (ours, name) in listed, name
+    for concrete, base in ((TwistScheduler, Scheduler), (TwistAsyncScheduler, AsyncScheduler)):
+        assert issubclass(concrete, base)
+        assert concrete.schedule is TwistSchedulerMixin.schedule
+
+
+PATCHED = [
+    (EngineArgs, "create_engine_config", ["self", "usage_context", "headless"]),
+    (EngineArgs, "from_cli_args", ["cls", "args"]),
+    (EngineArgs, "add_cli_args", ["parser"]),
+    (AsyncEngineArgs, "add_cli_args", ["parser", "async_args_only"]),
+    (
+        RequestState,
+        "make_request_output",
+        ["self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params",
+         "ec_transfer_params", "error"],
+    ),
+    (GenerateBaseServing, "_raise_if_error", ["self", "finish_reason", "request_id"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner, name, expected", PATCHED, ids=lambda v: v if isinstance(v, str) else None)
+def test_patched_functions_take_what_they_took(owner: type, name: str, expected: list[str]):
+    assert list(inspect.signature(inspect.unwrap(getattr(owner, name))).parameters) == expected
+
+
+def test_patched_functions_start_as_they_did():
+    """The wrappers pass the rest through, whatever it is."""
+    for function, first in (
+        (InputProcessor.process_inputs, ["self", "request_id", "prompt", "params"]),
+        (OpenAIServingCompletion.request_output_to_completion_response, ["self", "final_res_batch"]),
+        (EngineArgs.__init__, ["self", "model"]),
+    ):
+        assert list(inspect.signature(inspect.unwrap(function)).parameters)[: len(first)] == first
+
+
+def test_patching_twice_wraps_once():
+    compat.patch_frontend()
+    once = InputProcessor.process_inputs
+    compat.patch_frontend()
+    assert InputProcessor.process_inputs is once
+    assert inspect.unwrap(once) is once.__wrapped__
+
+
+SOURCES = {
+    Scheduler: ["kv_holding_waiting", "deferred_waiting", "max_num_active_reqs", "_pause_state",
+                "finished_req_ids_dict", "_enqueue_waiting_request(self, request", "_preempt_request(",
+                "drop_stale_output",
+                "request.next_decode_eligible_step"],
+    ParentRequest: ["child_requests"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", SOURCES, ids=lambda owner: owner.__name__)
+def test_internals_in_use_still_exist(owner: type):
+    source = inspect.getsource(owner)
+    for name in SOURCES[owner]:
+        assert name in source, f"{owner.__name__} no longer has {name}"
+
+
+def test_copy_on_write_list_keeps_and_frees_both_ends():
+    """Lanes' partial blocks are queued the way the KV manager queues its own."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    apply_cow = inspect.getsource(SingleTypeKVCacheManager._apply_cow)
+    assert "self._pending_cow_copies.append((source_block, cow_block))" in apply_cow
+    assert "retained_blocks = [block for pair in pending_copies for block in pair]" in inspect.getsource(
+        KVCacheManager.take_kv_cache_block_copies
+    )
+
+
+#: Modules of the product in the order in which they may import each other.
+LAYERS = ["kernels", "config", "resampling", "smc", "results", "twist", "objectives", "training", "engine"]
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "vllm_twist" and parts[1] in LAYERS else None
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_imports_point_one_way(repo_root: Path):
+    for path in [*(repo_root / "vllm_twist").rglob("*.py"), *(repo_root / "kernels").glob("*.py")]:
+        relative = path.relative_to(repo_root)
+        module = ".".join(relative.with_suffix("").parts)
+        own = "kernels" if relative.parts[0] == "kernels" else layer_of(module)
+        imports = imports_of(path)
+        if own not in (None, "engine"):
+            assert not any(name == "vllm" or name.startswith("vllm.") for name in imports), relative
+            for name in imports:
+                layer = layer_of(name)
+                assert layer is None or LAYERS.index(layer) <= LAYERS.index(own), f"{relative} imports {name}"
+        if relative.parts[0] == "kernels":
+            assert not any(name.startswith("vllm") for name in imports), relative
+
+
+def test_bookkeeping_knows_neither_torch_nor_vllm(repo_root: Path):
+    imports = imports_of(repo_root / "vllm_twist/engine/groups.py")
+    assert not any(name.split(".")[0] in ("torch", "vllm") for name in imports)
