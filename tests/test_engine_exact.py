@@ -109,7 +109,12 @@ def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: f
         {"top_p": 0.8},
         {"top_k": 2},
         {"temperature": 0.7, "top_p": 0.8, "top_k": 3},
+        {"min_p": 0.4},
         {"logit_bias": {2: 1.5, 3: -2.0}},
+        {"allowed_token_ids": [1, 2]},
+        {"min_tokens": 2},
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 0.9, "frequency_penalty": 0.6},
         {"ignore_eos": True},
         {"stop_token_ids": [3]},
         {"twist_scale": 2.5},
@@ -122,7 +127,9 @@ def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, A
 
     Truncating the proposal alone would bias Z.
     """
-    law_options = {key: options[key] for key in ("temperature", "top_p", "top_k") if key in options}
+    law_options = {
+        key: options[key] for key in ("temperature", "min_p", "top_p", "top_k", "min_tokens") if key in options
+    }
     ends = () if options.get("ignore_eos") else (small.eos, *options.get("stop_token_ids", ()))
     law = enumerate_law(
         small,
@@ -130,6 +137,12 @@ def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, A
         3,
         ends=ends,
         bias=options.get("logit_bias"),
+        allowed=options.get("allowed_token_ids"),
+        penalties=(
+            options.get("repetition_penalty", 1.0),
+            options.get("presence_penalty", 0.0),
+            options.get("frequency_penalty", 0.0),
+        ),
         scale=options.get("twist_scale", 1.0),
         **law_options,
     )

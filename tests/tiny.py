@@ -140,9 +140,24 @@ class Law:
         return sum(f(s) * torch.tensor(v - log_z).exp().item() for s, v in self.log_target.items())
 
 
-def truncated(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Return log p0 [N, V] after temperature, top-k and top-p (smallest set that reaches top_p)."""
+def penalised(
+    logits: Tensor, prompt: list[int], output: tuple[int, ...], repetition: float, presence: float, frequency: float
+) -> Tensor:
+    """Return logits [V] with the penalties for tokens seen before."""
+    seen = torch.tensor([token in prompt or token in output for token in range(len(logits))])
+    counts = torch.tensor([float(output.count(token)) for token in range(len(logits))])
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(seen, scaled, logits) - presence * (counts > 0) - frequency * counts
+
+
+def truncated(
+    logits: Tensor, *, temperature: float = 1.0, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Return log p0 [N, V] after temperature, min-p, top-k and top-p (smallest set that reaches top_p)."""
     log_p = (logits.double() / temperature).log_softmax(-1)
+    probabilities = log_p.exp()
+    weak = probabilities < min_p * probabilities.amax(-1, keepdim=True)
+    log_p = log_p.masked_fill(weak, -torch.inf).log_softmax(-1)
     ordered, index = log_p.sort(dim=-1, descending=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k:
@@ -161,20 +176,34 @@ def enumerate_law(
     scale: float = 1.0,
     ends: tuple[int, ...] | None = None,
     bias: dict[int, float] | None = None,
+    allowed: list[int] | None = None,
+    min_tokens: int = 0,
+    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
     **truncation: Any,
 ) -> Law:
-    """Enumerate every sequence that ends with a token of ``ends`` (EOS) or has ``horizon`` tokens."""
+    """Enumerate every sequence that ends with a token of ``ends`` (EOS) or has ``horizon`` tokens.
+
+    ``penalties`` are repetition, presence and frequency.
+    """
     ends = (tiny.eos,) if ends is None else ends
     offsets = torch.zeros(tiny.vocab)
     for token, value in (bias or {}).items():
         offsets[token] = value
+    if allowed is not None:
+        offsets[[token for token in range(tiny.vocab) if token not in allowed]] = -torch.inf
     log_p: dict[tuple[int, ...], float] = {}
     log_target: dict[tuple[int, ...], float] = {}
     open_: dict[tuple[int, ...], float] = {(): 0.0}
     for step in itertools.count(1):
         prefixes = list(open_)
         logits, log_psi = tiny.logits_and_log_psi([prompt + list(prefix) for prefix in prefixes])
-        log_p0 = truncated(logits + offsets, **truncation)
+        logits = logits + offsets
+        if step <= min_tokens:
+            logits[:, list(ends)] = -torch.inf
+        logits = torch.stack(
+            [penalised(row, prompt, prefix, *penalties) for row, prefix in zip(logits, prefixes, strict=True)]
+        )
+        log_p0 = truncated(logits, **truncation)
         following: dict[tuple[int, ...], float] = {}
         for row, prefix in enumerate(prefixes):
             for token in range(tiny.vocab):
