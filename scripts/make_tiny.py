@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import random
 import re
 import time
@@ -30,15 +29,14 @@ from vllm_twist.training import ctl_loss_of, evaluate_log_phi, sample, train_ctl
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD_TYPE, HEAD_RANK = "mlp", None
+HEAD_TYPE = "mlp"
 BATCH, TWIST_BATCH = 64, 128
 MAX_TOKENS, LEARNING_RATE = 64, 1e-3
 PROMPTS = ("I bought this", "The battery", "My daughter", "This blender", "After two weeks", "This", "The")
 UNSEEN_PROMPTS = ("My husband", "We needed", "I have had this laptop for")
 
 # -- The grammar -------------------------------------------------------------------------------
-# "{a|b}" picks one, "{name}" expands a rule or a word that belongs to the review at hand, and a
-# name with a capital letter does so with its first letter raised.
+# "{a|b}" picks one, "{name}" stands for a word of the review at hand or for a rule below.
 
 #: Noun, what it is for, where it lives, and its features.
 PRODUCTS = (
@@ -687,8 +685,8 @@ download. Both are made from nothing but a seed:
 
     python scripts/make_tiny.py
 
-which took {minutes:.0f} minutes with {threads} CPU threads. It gives the same losses on every run with the same
-versions and number of threads. This page is written by that command.
+which took {minutes:.0f} minutes with {threads} CPU threads. It gives the same losses on every run with the same versions and
+number of threads. This page is written by that command.
 
 - **Corpus**: {reviews:,} reviews of {products} kinds of products, written by a grammar; about half of them are
   positive, and what a review ends with follows from what it says before.
@@ -702,6 +700,8 @@ versions and number of threads. This page is written by that command.
 - **Twist head**: `{head_type}`, trained by CTL in {twist_steps} steps of {twist_batch} outputs of at most {max_tokens}
   tokens, Adam at {learning_rate:g}; stored in bfloat16.
 
+The prompts are the first words of a review, such as "I bought this" or "After two weeks".
+
 ## Figures
 
 The language model's loss goes from {lm_start:.2f} to {lm_end:.3f} nats per token. The CTL loss, 0 at psi = 1, goes from
@@ -710,8 +710,8 @@ output is **{positive_p0:.2f} under the model (p0) and {positive_q:.2f} under th
 {length_p0:.0f} tokens on average under p0 and {length_q:.0f} under q.
 
 By prompt, from {count} outputs each; a star marks prompts that the head was not trained on. ESS is the effective
-sample size of the importance weights towards the target p0 phi, as a fraction of the outputs; KL is KL(. || target)
-in nats.
+sample size of the importance weights towards the target p0 phi, as a fraction of the outputs; KL is the divergence from
+the target, KL(p0 || target) or KL(q || target), in nats.
 
 | prompt | p(positive), p0 | p(positive), q | ESS, p0 | ESS, q | KL, p0 | KL, q |
 |---|---|---|---|---|---|---|
@@ -732,7 +732,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
     parser.add_argument("--twist-steps", type=int, default=400, help="steps of the twist head")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of PyTorch")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch; the losses depend on it")
     args = parser.parse_args()
 
     began = time.perf_counter()
@@ -748,10 +748,9 @@ def main() -> None:
     model = save_model(model, tokenizer, base_folder)
 
     potential, accuracy = train_potential(tokenizer, rng)
-    head = TwistHead.create(
-        TwistHeadConfig(HEAD_TYPE, model.config.hidden_size, len(tokenizer), rank=HEAD_RANK), seed=args.seed
-    )
-    fresh = TwistHead.create(head.config, seed=args.seed)
+    shape = TwistHeadConfig(HEAD_TYPE, model.config.hidden_size, len(tokenizer))
+    head = TwistHead.create(shape, seed=args.seed)
+    fresh = TwistHead.create(shape, seed=args.seed)
     train_ctl(
         model, tokenizer, potential, PROMPTS, head,
         steps=args.twist_steps, batch_size=TWIST_BATCH, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE,
