@@ -265,6 +265,7 @@ class TwistSchedulerMixin(_Base):
         """Take a group out of the engine, KV and all; its tokens and weights stay."""
         now = time.monotonic()
         requests = [lane.request for lane in group.live_lanes()]
+        self._cancel_copies(requests)
         for request in requests:
             if request.status == RequestStatus.RUNNING:
                 self.running.remove(request)
@@ -279,6 +280,19 @@ class TwistSchedulerMixin(_Base):
         self._drop_reserve(group)
         group.parked = True
         self.staged.prepend_request(group.leader)
+
+    def _cancel_copies(self, requests: list[Request]) -> None:
+        """Forget copies into these lanes that no step has run yet; they would hold on to their blocks."""
+        tables = self.block_tables
+        if not tables._pending_cow_copies:
+            return
+        own = {id(block) for request in requests for block in tables.req_to_blocks.get(request.request_id, ())}
+        pending = tables.take_pending_cow_copies()
+        for source, copy in pending:
+            if id(copy) in own:
+                self.block_pool.free_blocks([source, copy])
+            else:
+                tables._pending_cow_copies.append((source, copy))
 
     def _drop_reserve(self, group: Group) -> None:
         if group.reserve:
@@ -485,6 +499,7 @@ class TwistSchedulerMixin(_Base):
         self._drop_reserve(group)
         if group.parked:
             self.staged.remove_requests([group.leader])
+        self._cancel_copies([lane.request for lane in group.live_lanes()])
         live = [lane.request.request_id for lane in group.live_lanes()]
         super().finish_requests(live, status)
         for lane_id in live:
