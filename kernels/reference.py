@@ -7,6 +7,8 @@ runs on any device without leaving it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,52 +73,87 @@ def counter_uniforms(keys: Tensor, n: int) -> Tensor:
     return words.to(torch.float32).add_(0.5).mul_(2.0**-31 - 2.0**-55)
 
 
-def twist_softmax(logits: Tensor, log_psi: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scaled(
+    logits: Tensor, log_psi: Tensor | None, inverse_temperature: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return float32 logits and twists as they enter p0 and psi; a scale of zero is no twist, whatever log psi."""
+    logits = logits.float()
+    if inverse_temperature is not None:
+        logits = logits * inverse_temperature[:, None]
+    if log_psi is not None:
+        log_psi = log_psi.float()
+        if scale is not None:
+            log_psi = torch.where(scale[:, None] == 0, 0.0, log_psi * scale[:, None])
+    return logits, log_psi
+
+
+def twist_softmax(
+    logits: Tensor,
+    log_psi: Tensor | None,
+    inverse_temperature: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return (lse0, lse_psi), float32 [N]: the log-sums of the base and of the twisted logits.
 
-        lse0[i]    = log sum_v exp(logits[i, v])
-        lse_psi[i] = log sum_v exp(logits[i, v] + log_psi[i, v])
+        lse0[i]    = log sum_v exp(beta[i] * logits[i, v])
+        lse_psi[i] = log sum_v exp(beta[i] * logits[i, v] + scale[i] * log_psi[i, v])
 
     Args:
         logits: base logits [N, V], -inf where a token is forbidden.
         log_psi: log twist values [N, V] in nats, or None for a twist of one everywhere.
+        inverse_temperature: beta > 0 of each row, float32 [N]; None is 1 everywhere.
+        scale: exponent of each row's twist, float32 [N]; None is 1 everywhere.
 
     ``lse_psi - lse0`` is log Z^pi of the twist-induced proposal (Zhao et al. 2024, Eq. 15).
     """
-    lse0 = torch.logsumexp(logits.float(), dim=-1)
+    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale)
+    lse0 = torch.logsumexp(logits, dim=-1)
     if log_psi is None:
         return lse0, lse0
-    return lse0, torch.logsumexp(logits.float() + log_psi.float(), dim=-1)
+    return lse0, torch.logsumexp(logits + log_psi, dim=-1)
 
 
 def twist_sample(
-    logits: Tensor, log_psi: Tensor, lse0: Tensor, ancestors: Tensor | None, keys: Tensor
+    logits: Tensor,
+    log_psi: Tensor | None,
+    lse0: Tensor,
+    ancestors: Tensor | None,
+    keys: Tensor,
+    inverse_temperature: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per lane from the twist-induced proposal of the lane's ancestor.
 
-        token[i] ~ softmax(logits[a] + log_psi[a])   with a = ancestors[i]   (Eq. 14)
+        token[i] ~ softmax(beta[a] * logits[a] + scale[a] * log_psi[a])   with a = ancestors[i]   (Eq. 14)
 
     Gumbel-max with the counter noise of ``keys``: lanes that share an ancestor draw different
     tokens.
 
     Args:
-        logits, log_psi: float32 [N, V].
-        lse0: log-sum of ``logits``, [N].
+        logits: [N, V].
+        log_psi: [N, V], or None for a twist of one everywhere.
+        lse0: log-sum of ``beta * logits``, [N].
         ancestors: row to draw from, int64 [N]; None draws every lane from its own.
         keys: one key per lane, int64 [N] (``at_position``).
+        inverse_temperature, scale: of each row, as in ``twist_softmax``.
 
     Returns:
         token int64 [N], log p0(token) [N], log psi(token) [N].
     """
+    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale)
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
     noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
     if ancestors is None:
-        token = noise.add_(logits).add_(log_psi).argmax(dim=-1)
-        ancestors = torch.arange(len(token), device=token.device)
+        ancestors = torch.arange(len(keys), device=keys.device)
+        own = True
     else:
-        token = noise.add_(logits[ancestors]).add_(log_psi[ancestors]).argmax(dim=-1)
+        own = False
+    noise.add_(logits if own else logits[ancestors])
+    if log_psi is not None:
+        noise.add_(log_psi if own else log_psi[ancestors])
+    token = noise.argmax(dim=-1)
     log_p = logits[ancestors, token] - lse0[ancestors]
-    return token, log_p, log_psi[ancestors, token]
+    return token, log_p, torch.zeros_like(log_p) if log_psi is None else log_psi[ancestors, token]
 
 
 def effective_sample_size(log_w: Tensor, live: Tensor) -> Tensor:
@@ -231,3 +268,74 @@ def resample(
         ess.to(log_w.dtype),
         resampled,
     )
+
+
+def fork_rows(
+    tables: Sequence[Tensor],
+    block_sizes: Tensor,
+    rows: Tensor,
+    ancestors: Tensor,
+    first: Tensor,
+    computed: Tensor,
+) -> None:
+    """Give every dead lane its parent's block-table entries and token history, in place.
+
+        for each table t with b tokens per entry, each lane i with a = ancestors[i] != i:
+            tables[t][rows[i], first[i] // b : computed[i] // b] = the same entries of tables[t][rows[a]]
+
+    Only full blocks: the entry of the partial block stays the lane's own. A token history is a
+    table with one token per entry.
+
+    Args:
+        tables: T int32 tables [R, M_t].
+        block_sizes: tokens per entry of each table, int32 [T].
+        rows: row of each lane, the same in all tables, int32 or int64 [N].
+        ancestors: parent of each lane, int64 [N]; a parent keeps itself (``resample`` sees to it).
+        first: tokens that lane and parent share from the start, usually the prompt's length, [N].
+        computed: tokens in the parent's history, [N].
+    """
+    rows, parents = rows.long(), rows.long()[ancestors]
+    dead = ancestors != torch.arange(len(ancestors), device=ancestors.device)
+    for table, size in zip(tables, block_sizes, strict=True):
+        column = torch.arange(table.shape[1], device=table.device)
+        inside = (column >= (first // size)[:, None]) & (column < (computed // size)[:, None]) & dead[:, None]
+        table[rows] = torch.where(inside, table[parents], table[rows])
+
+
+def copy_partial_blocks(
+    caches: Sequence[Tensor],
+    num_blocks: int,
+    tables: Sequence[Tensor],
+    block_sizes: Tensor,
+    rows: Tensor,
+    ancestors: Tensor,
+    computed: Tensor,
+) -> None:
+    """Overwrite every dead lane's partial KV block with its parent's, in all layers, in place.
+
+        for each table t with blocks of b tokens, each lane i with a = ancestors[i] != i and computed[i] % b > 0:
+            block tables[t][rows[i], computed[i] // b] of every cache = block tables[t][rows[a], computed[i] // b]
+
+    Args:
+        caches: KV caches whose dim 0 counts blocks, possibly several kernel blocks to one block of
+            the table; any strides, any dtype. Layers that share memory may appear repeatedly.
+        num_blocks: blocks that the tables number.
+        tables, block_sizes, rows, ancestors, computed: as in ``fork_rows``; block tables only.
+    """
+    rows, lanes = rows.long(), torch.arange(len(ancestors), device=ancestors.device)
+    source, target = [], []
+    for table, size in zip(tables, block_sizes, strict=True):
+        copied = (ancestors != lanes) & (computed % size > 0)
+        column = (computed // size)[copied].long()
+        target.append(table[rows[copied], column].long())
+        source.append(table[rows[ancestors[copied]], column].long())
+    if not source:
+        return
+    from_, to = torch.cat(source), torch.cat(target)
+    seen = set()
+    for cache in caches:
+        view = (cache.data_ptr(), cache.shape, cache.stride())
+        if view not in seen:
+            seen.add(view)
+            blocks = cache.unflatten(0, (num_blocks, -1))
+            blocks[to] = blocks[from_]

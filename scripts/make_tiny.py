@@ -685,8 +685,8 @@ download. Both are made from nothing but a seed:
 
     python scripts/make_tiny.py
 
-which took {minutes:.0f} minutes with {threads} CPU threads. It gives the same losses on every run with the same versions and
-number of threads. This page is written by that command.
+which took {minutes:.0f} minutes with {threads} CPU threads, and gives the same losses on every run with the same
+versions and number of threads. This page is written by that command.
 
 - **Corpus**: {reviews:,} reviews of {products} kinds of products, written by a grammar; about half of them are
   positive, and what a review ends with follows from what it says before.

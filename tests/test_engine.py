@@ -115,6 +115,24 @@ def test_particles_end_on_their_own(clean, wide: Tiny):
     assert_rescored(wide, output)
 
 
+def test_ended_particles_free_their_kv_at_once(clean, wide: Tiny):
+    """While others go on, an ended particle holds no block and costs no forward pass."""
+    llm = clean(wide)
+    core, scheduler = llm.llm_engine, scheduler_of(llm)
+    core.add_request("leaving", {"prompt_token_ids": prompt_of(40)}, params(max_tokens=60, seed=2, twist_particles=32))
+    live = []
+    while core.has_unfinished_requests():
+        outputs = core.step()
+        for group in scheduler.groups.values():
+            lanes = [lane for lane in group.lanes.values() if lane.live]
+            assert {lane.request.request_id for lane in lanes} == set(scheduler.requests)
+            assert set(scheduler.block_tables.req_to_blocks) <= set(scheduler.requests)
+            live.append(len(lanes))
+    assert outputs[0].finished
+    assert live == sorted(live, reverse=True)
+    assert len(set(live)) > 5
+
+
 def test_result_is_consistent(clean, wide: Tiny):
     """Weights sum to one, ESS is theirs, and the completion is the chosen particle."""
     (output,) = generate(clean(wide), [prompt_of(9)], params(seed=3, twist_particles=16, twist_return_particles=1))

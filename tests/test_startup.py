@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import HIDDEN, Tiny
 
 from vllm_twist import TwistHead, TwistHeadConfig
@@ -70,6 +71,34 @@ def test_malformed_head(small: Tiny, tmp_path: Path):
     (tmp_path / "twist_config.json").write_text(json.dumps({"head_type": "linear", "hidden_size": 64}))
     with pytest.raises(ValueError, match=r"twist_config.json.*lacks vocab_size"):
         start(small, twist_head=head)
+
+
+def test_quantised_head(small: Tiny, tmp_path: Path):
+    """The weights are read before any engine process starts, so that the error is seen."""
+    from safetensors.torch import load_file, save_file
+
+    head = head_of(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match=r"has dtype torch.int8, expected a floating-point one"):
+        start(small, twist_head=head)
+
+
+def test_sliding_window_model_is_refused(tmp_path: Path):
+    """Block tables of other kinds than full attention are not forked."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=4, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=32, max_position_embeddings=256, eos_token_id=1, bos_token_id=0,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    head = head_of(tmp_path / "head")
+    from conftest import ENGINE
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match=r"one KV cache group of full attention, this one has 1 \(SlidingWindowSpec\)"):
+        LLM(str(tmp_path / "model"), twist_head=head, **ENGINE)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0+cpu"])

@@ -77,7 +77,7 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
         ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
     """
     from vllm_twist.engine.worker import WORKERS
-    from vllm_twist.twist import check_fits, load_config
+    from vllm_twist.twist import TwistHead, check_fits, load_config
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.runner_type != "generate":
@@ -95,6 +95,8 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
             "serve on one of these."
         )
     check_fits(load_config(twist.head), model.get_hidden_size(), model.get_vocab_size())
+    # The workers load it again; here its errors still reach the one who starts the engine.
+    TwistHead.from_pretrained(twist.head, dtype=model.dtype)
     if twist.defaults.particles > vllm_config.scheduler_config.max_num_seqs:
         raise ValueError(
             f"`twist_particles` must be at most `max_num_seqs`={vllm_config.scheduler_config.max_num_seqs}, got "

@@ -438,14 +438,9 @@ class TwistSchedulerMixin(_Base):
                     group.events.extend(output.events or ())
                 if output.finish_reason is not None:
                     self._end_lane(group, output)
+                    # To the client only the group finishes, when its output goes out.
+                    (batch.finished_requests or set()).discard(output.request_id)
             batch.outputs = kept
-            if batch.finished_requests:
-                # Clients know groups, not lanes; a group has finished when its output goes out.
-                batch.finished_requests = {
-                    request_id
-                    for request_id in batch.finished_requests
-                    if request_id not in self.groups and "/lane" not in request_id
-                }
         for group in touched.values():
             if group.done:
                 self._finish_group(group)
@@ -502,6 +497,10 @@ class TwistSchedulerMixin(_Base):
         self._cancel_copies([lane.request for lane in group.live_lanes()])
         live = [lane.request.request_id for lane in group.live_lanes()]
         super().finish_requests(live, status)
+        if self.finished_req_ids_dict is not None:
+            finished = self.finished_req_ids_dict[group.leader.client_index]
+            finished.difference_update(live)
+            finished.add(group.id)
         for lane_id in live:
             self.group_of.pop(lane_id, None)
         group.leader.status = status
