@@ -248,11 +248,11 @@ FEATURES = {
     ),
     "price": ("is {fair|great|hard to beat}|was a steal", "is {too high|a joke}|was a rip off"),
     "other": (
-        "is {very |really |surprisingly |}{sturdy|solid|well made|excellent|perfect|nice}"
+        "is {very |really |surprisingly |}{sturdy|solid|well made|nice}|is {excellent|perfect}"
         "|feels {sturdy|solid|expensive|great|well made}|still looks {new|perfect|great} after {days}"
         "|is better than i expected|holds up {well|perfectly}",
         "{broke|cracked|came loose|fell apart|wore out} {after {days}|on the first day|almost immediately}"
-        "|is {very |really |already |}{cheap|flimsy|loose|wobbly|useless|defective|poorly made}"
+        "|is {very |really |already |}{cheap|flimsy|loose|wobbly}|is {useless|defective|poorly made}"
         "|feels {cheap|flimsy|weak|poorly made}|arrived {bent|cracked|scratched|broken|dirty}|was {missing|damaged}",
     ),
 }
@@ -287,7 +287,7 @@ RULES = {
     "old": "my old {one}|the {one} that broke|the {cheap|worn out} {one} i had|the {one} i lost",
     "aim": "to {use_for}|for {person}|for {our|the|my} {place}|to replace {old}|as a gift for {person}"
     "|so that i could {use_for}",
-    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{when}|{aim} {when}}{||| {started}}"
+    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{when}|{when} {aim}}{||| {started}}"
     "|{person} {wanted|needed|asked for} {thing} {to {use_for}|for {his} {birthday|new apartment|trip|new job}}"
     "|i have {had|owned|used} {thing} for {days}|we needed {thing} for {our|the} {place}"
     "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}"
@@ -324,7 +324,10 @@ SENTIMENT_RULES = {
         "and {i am very happy|i love {them}|could not be happier|{it} {does} not disappoint|so far so good}",
         "and {i am very disappointed|i regret it|wish i had not|{it} {failed} {right away|on the first day}}",
     ),
-    "after": ("after|even after", "after|after|after less than|after only"),
+    "after": (
+        "after {days}|even after {days}",
+        "after {days}|after {days}|after only {a week|ten days|two weeks}|after less than a {week|month|year}",
+    ),
     "used": (
         "{it} still {works} {perfectly|like new|great}|{it} {looks} as good as new|i am still {happy|impressed}"
         "|{it} {has} not let me down|i use {them} {every day|more than ever}|{it} {keeps} getting better"
@@ -398,7 +401,7 @@ MIDDLES = {
     "pair": "{clause} and {clause}",
     "mixed": "{!clause}, but {clause}",
     "only": "{problem} {!clause}",
-    "used": "{after} {days}, {used}",
+    "used": "{after}, {used}",
     "family": "{someone} {family}",
     "delivery": "{delivery}",
     "setup": "{setup}",
@@ -534,12 +537,12 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 1.07 million parameters with random weights."""
+    """Return a Llama of 1.2 million parameters with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=352,
+            intermediate_size=448,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -672,7 +675,7 @@ def report(figures: dict[str, dict], facts: dict) -> str:
     )
     texts = "\n\n".join(
         f"**{prompt}**\n\n" + "\n".join(f"- {name}: {text}" for name in ("p0", "q") for text in f[name]["texts"])
-        for prompt, f in figures.items()
+        for prompt, f in list(figures.items())[:5]
     )
     return REPORT.format(rows=rows, texts=texts, **facts)
 
@@ -719,7 +722,7 @@ the target, KL(p0 || target) or KL(q || target), in nats.
 
 ## Samples
 
-The first three outputs of each, not picked.
+The first three outputs of each, not picked, p0 and q with the same random numbers.
 
 {texts}
 """
@@ -730,7 +733,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder for both models")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "tiny-model.md", help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the language model")
     parser.add_argument("--twist-steps", type=int, default=400, help="steps of the twist head")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch; the losses depend on it")
     args = parser.parse_args()
