@@ -76,10 +76,9 @@ class _Layout:
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.rows, self.slots = tensor(rows), tensor(slots)
-        self.specs = specs
+        self.identity = torch.arange(len(rows), device=device)
         seeds, lanes = tensor([spec.seed for spec in specs]), tensor([spec.index for spec in specs])
         self.token_keys = reference.lane_keys(seeds, reference.TOKEN_STREAM, lanes)
-        self.last = tensor([spec.last_position for spec in specs])
         self.scale = tensor([spec.scale for spec in specs], torch.float32)[:, None]
         self.scaled = any(spec.scale != 1.0 for spec in specs)
         top_k = [spec.top_k if spec.top_k > 0 else 2**31 - 1 for spec in specs]
@@ -91,7 +90,8 @@ class _Layout:
         # By lane, not by row: where a lane stands in the batch must not change what is drawn.
         for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
             members.setdefault(specs[position].group_id, []).append(position)
-        self.groups = list(members)
+        self.groups = members
+        self.last = [specs[group[0]].last_position for group in members.values()]
         width = max(map(len, members.values()))
         # Slots that a group does not use point at its first lane and are never live.
         self.members = tensor([group + group[:1] * (width - len(group)) for group in members.values()])
@@ -101,7 +101,7 @@ class _Layout:
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
-        self.complete = tensor([len(members[g]) == group_sizes[g] for g in self.groups], torch.bool)
+        self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
 
 
 class LaneTable:
@@ -123,7 +123,8 @@ class LaneTable:
         self.log_w = torch.zeros(0, device=device)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
-        self.position = torch.zeros(0, device=device, dtype=torch.int64)
+        #: Index of the last token drawn, from 1, by lane id.
+        self.position: dict[str, int] = {}
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
 
     def add(self, spec: LaneSpec) -> None:
@@ -136,7 +137,8 @@ class LaneTable:
         self.slots[spec.lane_id] = slot
         self._groups[spec.lane_id] = spec.group_id
         self.group_sizes[spec.group_id] = self.group_sizes.get(spec.group_id, 0) + 1
-        for state in (self.log_w, self.log_psi, self.log_p, self.position):
+        self.position[spec.lane_id] = 0
+        for state in (self.log_w, self.log_psi, self.log_p):
             state[slot] = 0
 
     def release(self, lane_ids: Iterable[str]) -> None:
@@ -146,6 +148,7 @@ class LaneTable:
             if slot is None:
                 continue
             self._free.append(slot)
+            del self.position[lane_id]
             group_id = self._groups.pop(lane_id)
             self.group_sizes[group_id] -= 1
             if not self.group_sizes[group_id]:
@@ -154,7 +157,7 @@ class LaneTable:
     def _grow(self) -> None:
         size = len(self.log_w)
         more = max(size, 64)
-        for name in ("log_w", "log_psi", "log_p", "position"):
+        for name in ("log_w", "log_psi", "log_p"):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(more)]))
         self._free.extend(range(size + more - 1, size - 1, -1))
@@ -189,27 +192,36 @@ class LaneTable:
         """
         layout = self._lay_out(rows, specs)
         slots, members = layout.slots, layout.members
-        base = self.truncate(logits[layout.rows], layout.top_k, layout.top_p)
+        # Rows are sorted: if there are no others, they are the whole batch.
+        base = logits if len(rows) == len(logits) else logits[layout.rows]
+        base = self.truncate(base, layout.top_k, layout.top_p)
         log_psi = log_psi_of(layout.rows).to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
 
-        self.position[slots] += 1
-        position = self.position[slots]
+        positions = [self.position[spec.lane_id] + 1 for spec in specs]
+        self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
         lse0, lse_psi = reference.twist_softmax(base, log_psi)
         log_w = self.log_w[slots] + (lse_psi - lse0 - self.log_psi[slots])
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
-        at = position[members]
-        aligned = layout.complete & (at == at[:, :1]).all(-1)
-        allowed = aligned & (at[:, 0] > 1) & (at[:, 0] < layout.last[members[:, 0]])
+        at = [{positions[i] for i in group} for group in layout.groups.values()]
+        allowed = torch.tensor(
+            [
+                complete and len(here) == 1 and 1 < min(here) < last
+                for complete, here, last in zip(layout.complete, at, layout.last, strict=True)
+            ],
+            device=self.device,
+        )
         grouped = log_w[members]
         resampled, ess = reference.should_resample(grouped, layout.live, allowed, layout.thresholds)
         # The engine reads the step back anyway, so asking here costs nothing.
         ancestors = None
         if resampled.any():
-            keys = reference.at_position(layout.group_keys, at[:, 0])
+            keys = reference.at_position(
+                layout.group_keys, torch.tensor([min(here) for here in at], device=self.device)
+            )
             picked, new_log_w, _, _ = reference.resample(
                 grouped,
                 layout.live,
@@ -223,17 +235,21 @@ class LaneTable:
             ancestors[members[live]] = members.gather(1, picked)[live]
             log_w[members[live]] = new_log_w[live]
 
-        keys = reference.at_position(layout.token_keys, position)
+        keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
         token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
         if ancestors is None:
-            ancestors = torch.arange(len(slots), device=self.device)
+            ancestors = layout.identity
         log_p = self.log_p[slots][ancestors] + token_log_p
         self.log_w[slots] = log_w
         self.log_p[slots] = log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
         self.log_psi[slots] = torch.where(torch.isfinite(token_log_psi), token_log_psi, 0.0)
 
-        logits[layout.rows] = float("-inf")
+        logprobs = self._logprobs(specs, base, lse0, ancestors, token)
+        if len(rows) == len(logits):
+            logits.fill_(float("-inf"))
+        else:
+            logits[layout.rows] = float("-inf")
         logits[layout.rows, token] = 0.0
         return TwistStep(
             lane_ids=[spec.lane_id for spec in specs],
@@ -242,7 +258,7 @@ class LaneTable:
             log_p=log_p.tolist(),
             resampled=[group for group, yes in zip(layout.groups, resampled.tolist(), strict=True) if yes],
             failed=[group for group, value in zip(layout.groups, ess.tolist(), strict=True) if value != value],
-            logprobs=self._logprobs(specs, base, lse0, ancestors, token),
+            logprobs=logprobs,
         )
 
     def _logprobs(
