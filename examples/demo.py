@@ -5,10 +5,15 @@ make demo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
+import sys
+import tempfile
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -23,9 +28,48 @@ PROMPTS = ["I bought this", "The battery", "After two weeks", "My daughter"]
 PARTICLES = 16
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the engine's start-up messages, its processes' too, for the case that it fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+") as messages:
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            messages.seek(0)
+            os.write(kept, messages.read().encode())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def seconds_bar(what: str, expected: int) -> Iterator[None]:
+    """Show a bar that moves by the second while something runs that reports no progress of its own."""
+    done = threading.Event()
+
+    def move() -> None:
+        form = "{desc} {bar} {elapsed}"
+        with tqdm(total=expected, desc=what, bar_format=form, ncols=72, leave=False, file=sys.stdout) as bar:
+            while not done.wait(1):
+                bar.update(bar.n < expected - 1)
+                bar.refresh()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        yield
+    finally:
+        done.set()
+        mover.join()
+
+
 def show(title: str, text: str, note: str = "") -> None:
     lines = textwrap.wrap(" ".join(text.split()), 92, initial_indent="      ", subsequent_indent="      ")
-    print(f"    {title}{note}", *lines, sep="\n")
+    print(f"    {title}{note}".rstrip(), *lines, sep="\n")
 
 
 def main() -> None:
@@ -34,21 +78,20 @@ def main() -> None:
     print(f"  twist  {HEAD}: a head trained to steer it towards positive reviews")
     print(f"  on     {hardware()} · {versions()}\n")
     started = time.perf_counter()
-    with tqdm(total=1, desc="  starting the engine", bar_format="{desc} {elapsed}", leave=False) as bar:
+    with seconds_bar("  starting the engine", expected=25), quiet():
         from vllm import LLM, SamplingParams
 
         llm = LLM(
             MODEL, twist_head=HEAD, twist_particles=PARTICLES, max_num_seqs=64, max_model_len=512, enforce_eager=True
         )
-        bar.update()
-    print(f"  engine up in {time.perf_counter() - started:.0f} s\n")
+    print(f"  engine up after {time.perf_counter() - started:.0f} s\n")
 
     common: dict[str, Any] = {"max_tokens": 60, "seed": 1}
     plain = llm.generate(PROMPTS, SamplingParams(**common, extra_args={"twist": 0}), use_tqdm=False)
     twisted = llm.generate(PROMPTS, SamplingParams(**common), use_tqdm=False)
     print(f"  One plain sample, and one draw from the target p0 · psi by {PARTICLES} particles, per prompt.")
-    print("  log Z estimates how likely the target is under the model (nats, unbiased on the natural scale);")
-    print("  ESS says how many of the particles count in the end.\n")
+    print("  log Z says how likely the target is under the model (nats; the estimate of Z is unbiased),")
+    print("  ESS how many of the particles count in the end.\n")
     for prompt, before, after in zip(PROMPTS, plain, twisted, strict=True):
         group = results(after)[0]
         print(f"  {prompt!r}")
@@ -60,8 +103,8 @@ def main() -> None:
         )
         print()
 
-    repeats, max_tokens = 5, 128
-    with tqdm(total=2 * (repeats + 1), desc="  measuring speed", leave=False) as bar:
+    repeats, max_tokens = 7, 128
+    with tqdm(total=2 * (repeats + 1), desc="  measuring speed", leave=False, file=sys.stdout) as bar:
         rates = measure(
             llm, PROMPTS[0], particles=PARTICLES, max_tokens=max_tokens, repeats=repeats, progress=bar.update
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import random
 import re
@@ -25,10 +24,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_twist.potentials import TokenLogistic
 from vllm_twist.training import ctl_loss_of, evaluate_log_phi, sample, train_ctl
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARPNESS = 1.25
 HEAD_TYPE = "mlp"
 BATCH, TWIST_BATCH = 64, 128
 MAX_TOKENS, LEARNING_RATE = 64, 1e-3
@@ -248,11 +249,11 @@ FEATURES = {
     ),
     "price": ("is {fair|great|hard to beat}|was a steal", "is {too high|a joke}|was a rip off"),
     "other": (
-        "is {very |really |surprisingly |}{sturdy|solid|well made|nice}|is {excellent|perfect}"
+        "is {very |really |surprisingly |}{sturdy|solid|well made|excellent|perfect|nice}"
         "|feels {sturdy|solid|expensive|great|well made}|still looks {new|perfect|great} after {days}"
         "|is better than i expected|holds up {well|perfectly}",
         "{broke|cracked|came loose|fell apart|wore out} {after {days}|on the first day|almost immediately}"
-        "|is {very |really |already |}{cheap|flimsy|loose|wobbly}|is {useless|defective|poorly made}"
+        "|is {very |really |already |}{cheap|flimsy|loose|wobbly|useless|defective|poorly made}"
         "|feels {cheap|flimsy|weak|poorly made}|arrived {bent|cracked|scratched|broken|dirty}|was {missing|damaged}",
     ),
 }
@@ -287,7 +288,7 @@ RULES = {
     "old": "my old {one}|the {one} that broke|the {cheap|worn out} {one} i had|the {one} i lost",
     "aim": "to {use_for}|for {person}|for {our|the|my} {place}|to replace {old}|as a gift for {person}"
     "|so that i could {use_for}",
-    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{when}|{when} {aim}}{||| {started}}"
+    "start": "i {bought|bought|ordered|got|purchased|picked up} {thing} {{aim}|{when}|{aim} {when}}{||| {started}}"
     "|{person} {wanted|needed|asked for} {thing} {to {use_for}|for {his} {birthday|new apartment|trip|new job}}"
     "|i have {had|owned|used} {thing} for {days}|we needed {thing} for {our|the} {place}"
     "|i was {looking for|trying to find} a {good |cheap |better |}way to {use_for}"
@@ -324,10 +325,7 @@ SENTIMENT_RULES = {
         "and {i am very happy|i love {them}|could not be happier|{it} {does} not disappoint|so far so good}",
         "and {i am very disappointed|i regret it|wish i had not|{it} {failed} {right away|on the first day}}",
     ),
-    "after": (
-        "after {days}|even after {days}",
-        "after {days}|after {days}|after only {a week|ten days|two weeks}|after less than a {week|month|year}",
-    ),
+    "after": ("after|even after", "after|after|after less than|after only"),
     "used": (
         "{it} still {works} {perfectly|like new|great}|{it} {looks} as good as new|i am still {happy|impressed}"
         "|{it} {has} not let me down|i use {them} {every day|more than ever}|{it} {keeps} getting better"
@@ -401,7 +399,7 @@ MIDDLES = {
     "pair": "{clause} and {clause}",
     "mixed": "{!clause}, but {clause}",
     "only": "{problem} {!clause}",
-    "used": "{after}, {used}",
+    "used": "{after} {days}, {used}",
     "family": "{someone} {family}",
     "delivery": "{delivery}",
     "setup": "{setup}",
@@ -537,12 +535,12 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 1.2 million parameters with random weights."""
+    """Return a Llama of 1.07 million parameters with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=448,
+            intermediate_size=352,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -588,26 +586,7 @@ def train_model(model: LlamaForCausalLM, tokenizer, rng: random.Random, steps: i
 
 
 # -- The potential -----------------------------------------------------------------------------
-class PositivePotential:
-    """phi = p(positive) of an output: sigmoid(bias + sum of the weights of its tokens).
-
-    Saved as JSON: ``bias``, a number, and ``weights``, one number per token of the vocabulary.
-    """
-
-    def __init__(self, bias: float, weights: list[float]) -> None:
-        self.bias = bias
-        self.weights = weights
-
-    def __call__(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
-        """Return log phi of every output (nats)."""
-        logits = torch.tensor([self.bias + sum(self.weights[i] for i in row) for row in token_ids])
-        return torch.nn.functional.logsigmoid(logits).tolist()
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"bias": self.bias, "weights": self.weights}) + "\n")
-
-
-def train_potential(tokenizer, rng: random.Random, count: int = 12_000) -> tuple[PositivePotential, float]:
+def train_potential(tokenizer, rng: random.Random, count: int = 12_000) -> tuple[TokenLogistic, float]:
     """Fit a logistic regression on labelled reviews; return it with its accuracy on unseen ones."""
     reviews = [Review(rng) for _ in range(count)]
     rows = tokenizer([review.write() for review in reviews], add_special_tokens=False).input_ids
@@ -627,12 +606,16 @@ def train_potential(tokenizer, rng: random.Random, count: int = 12_000) -> tuple
         optimizer.step()
     with torch.no_grad():
         right = ((counts[:held_out] @ weights + bias > 0) == labels[:held_out].bool()).float().mean().item()
-    return PositivePotential(round(bias.item(), 4), [round(w, 4) for w in weights.tolist()]), right
+    return TokenLogistic(round(bias.item(), 4), [round(w, 4) for w in weights.tolist()]), right
 
 
 def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> LlamaForCausalLM:
     """Write model and tokenizer, the weights in bfloat16, and return the model as saved, in float32."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16)
+    # A model this small leaves too much probability to words that do not fit. The norm before the
+    # LM head takes the factor, so that the shipped logits need no temperature.
+    model.model.norm.weight.data *= SHARPNESS
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -696,7 +679,7 @@ versions and number of threads. This page is written by that command.
 - **Tokenizer**: byte-level BPE with {vocab} tokens, `<pad>`, `<bos>` and `<eos>` included. It puts `<bos>` in front;
   every review ends with `<eos>`. The chat template joins the texts of the messages.
 - **Model**: a Llama of {parameters:.2f} million parameters (4 layers of width 128, 4 heads of 32, a context of 512),
-  stored in bfloat16.
+  stored in bfloat16. Its logits are scaled by {sharpness:g} after training, which keeps slips rare.
 - **Potential**: phi = p(positive), a logistic regression over token counts that is right on {accuracy:.1%} of unseen
   reviews. `models/tiny-reviews-positive/potential.json` holds `bias` and, for every token, one of `weights`:
   phi = sigmoid(bias + the sum of the weights of the output's tokens).
@@ -733,7 +716,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder for both models")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "tiny-model.md", help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the language model")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
     parser.add_argument("--twist-steps", type=int, default=400, help="steps of the twist head")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch; the losses depend on it")
     args = parser.parse_args()
@@ -777,6 +760,7 @@ def main() -> None:
         "vocab": len(tokenizer),
         "parameters": parameters,
         "accuracy": accuracy,
+        "sharpness": SHARPNESS,
         "head_type": HEAD_TYPE,
         "twist_steps": args.twist_steps,
         "twist_batch": TWIST_BATCH,

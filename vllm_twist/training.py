@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_twist.objectives import ctl_loss
+from vllm_twist.potentials import LogPhi, load_potential
 from vllm_twist.twist import TwistHead
-
-#: Maps output tokens (the terminating one included, the prompt not) and their texts to log phi (nats).
-LogPhi = Callable[[list[list[int]], list[str]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,8 @@ def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tenso
         ValueError: ``log_phi`` does not give one number per sequence.
     """
     token_ids = samples.token_ids()
-    values = log_phi(token_ids, tokenizer.batch_decode(token_ids, skip_special_tokens=True))
-    if len(values) != len(token_ids):
-        raise ValueError(
-            f"`log_phi` must return {len(token_ids)} values, one per sequence, got {len(values)}: fix the callable."
-        )
-    return torch.tensor([float(value) for value in values], device=samples.tokens.device)
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    return torch.tensor(load_potential(log_phi)(token_ids, texts), device=samples.tokens.device)
 
 
 def ctl_loss_of(model: Any, tokenizer: Any, log_phi: LogPhi, head: TwistHead, samples: Samples) -> Tensor:
