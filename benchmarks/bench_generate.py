@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="append one row per number of particles")
     args = parser.parse_args()
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
 
     llm = LLM(
@@ -90,6 +91,7 @@ def main() -> None:
         max_num_seqs=max(args.particles),
         enforce_eager=args.eager,
         max_model_len=512,
+        kv_cache_memory_bytes=2**30,
     )
     print(f"{hardware()} · {versions()} · {args.model} · T={args.max_tokens} · {args.repeats} repeats")
     print(f"{'K':>4}  {'plain n=K tok/s':>24}  {'twisted tok/s':>24}  {'ratio':>6}   (median, quartiles)")

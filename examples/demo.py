@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from tqdm import tqdm
 
@@ -82,7 +81,13 @@ def main() -> None:
         from vllm import LLM, SamplingParams
 
         llm = LLM(
-            MODEL, twist_head=HEAD, twist_particles=PARTICLES, max_num_seqs=64, max_model_len=512, enforce_eager=True
+            MODEL,
+            twist_head=HEAD,
+            twist_particles=PARTICLES,
+            max_num_seqs=64,
+            max_model_len=512,
+            kv_cache_memory_bytes=2**30,
+            enforce_eager=True,
         )
     print(f"  engine up after {time.perf_counter() - started:.0f} s\n")
 
