@@ -104,7 +104,7 @@ def main() -> None:
         show(
             "twisted",
             prompt + after.outputs[0].text,
-            f"   log Z {group.log_z:+.2f} · ESS {group.ess:.1f} of {PARTICLES} · {group.num_resamplings} resamplings",
+            f"   log Z {group.log_z:+.2f} · ESS {group.ess:.1f} of {PARTICLES} · resampled {group.num_resamplings}×",
         )
         print()
 
