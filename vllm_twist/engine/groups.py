@@ -12,11 +12,21 @@ from vllm_twist.config import RequestConfig
 
 
 def log_sum_exp(values: list[float]) -> float:
-    """Return log sum exp of floats, -inf for a sum of nothing."""
+    """Return log sum exp of floats, -inf for a sum of nothing, NaN if one of them is NaN."""
+    if any(value != value for value in values):
+        return math.nan
     top = max(values, default=-math.inf)
     if not math.isfinite(top):
         return top
     return top + math.log(sum(math.exp(value - top) for value in values))
+
+
+def effective_sample_size(log_w: list[float]) -> float:
+    """Return 1 / sum of squared normalised weights; NaN for weights that are NaN, +inf or all zero."""
+    total = log_sum_exp(log_w)
+    if not math.isfinite(total):
+        return math.nan
+    return math.exp(2 * total - log_sum_exp([2 * value for value in log_w]))
 
 
 def blocks_at_length(prompt_len: int, length: int, particles: int, block_size: int, share_prompt: bool) -> int:
@@ -146,7 +156,7 @@ class Group:
             ]
         return {
             "log_z": total - math.log(len(weights)),
-            "ess": math.exp(-log_sum_exp([2 * log_w for log_w in normalised])),
+            "ess": effective_sample_size(weights),
             "num_resamplings": self.num_resamplings,
             "chosen": chosen,
             "particles": particles,

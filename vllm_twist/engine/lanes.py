@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_twist.engine.groups import effective_sample_size
 from vllm_twist.kernels import reference
 
 #: Key of a lane's ``LaneSpec`` in its ``SamplingParams.extra_args``.
@@ -61,8 +62,13 @@ class TwistStep:
         ]
 
 
+def _is_low(ess: float, threshold: float, live: int) -> bool:
+    """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
+    return live >= 2 and ess == ess and (threshold >= 1 or ess < threshold * live)
+
+
 class _Layout:
-    """Index tensors for one composition of the batch: L lanes in G groups of at most K."""
+    """Index tensors and current state for one composition of the batch: L lanes in G groups of at most K."""
 
     def __init__(
         self,
@@ -76,6 +82,9 @@ class _Layout:
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.rows, self.slots = tensor(rows), tensor(slots)
+        self.log_w: Tensor
+        self.log_psi: Tensor
+        self.log_p: Tensor
         self.identity = torch.arange(len(rows), device=device)
         seeds, lanes = tensor([spec.seed for spec in specs]), tensor([spec.index for spec in specs])
         self.token_keys = reference.lane_keys(seeds, reference.TOKEN_STREAM, lanes)
@@ -97,7 +106,7 @@ class _Layout:
         self.members = tensor([group + group[:1] * (width - len(group)) for group in members.values()])
         self.live = tensor([[i < len(group) for i in range(width)] for group in members.values()], torch.bool)
         firsts = [specs[group[0]] for group in members.values()]
-        self.thresholds = tensor([spec.ess_threshold for spec in firsts], torch.float64)
+        self.thresholds = [spec.ess_threshold for spec in firsts]
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
@@ -123,14 +132,17 @@ class LaneTable:
         self.log_w = torch.zeros(0, device=device)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
+        # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         #: Index of the last token drawn, from 1, by lane id.
         self.position: dict[str, int] = {}
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
 
+    @torch.inference_mode()
     def add(self, spec: LaneSpec) -> None:
         """Give a lane a slot with fresh state; a lane that has one keeps it."""
         if spec.lane_id in self.slots:
             return
+        self._settle()
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -141,12 +153,14 @@ class LaneTable:
         for state in (self.log_w, self.log_psi, self.log_p):
             state[slot] = 0
 
+    @torch.inference_mode()
     def release(self, lane_ids: Iterable[str]) -> None:
         """Free the slots of lanes whose particles have ended; others are ignored."""
         for lane_id in lane_ids:
             slot = self.slots.pop(lane_id, None)
             if slot is None:
                 continue
+            self._settle()
             self._free.append(slot)
             del self.position[lane_id]
             group_id = self._groups.pop(lane_id)
@@ -164,10 +178,25 @@ class LaneTable:
 
     def _lay_out(self, rows: list[int], specs: list[LaneSpec]) -> _Layout:
         if self._layout is None or self._layout[0] != rows or self._layout[1] != specs:
+            self._settle()
             slots = [self.slots[spec.lane_id] for spec in specs]
-            self._layout = rows, specs, _Layout(rows, specs, slots, self.group_sizes, self.device)
+            layout = _Layout(rows, specs, slots, self.group_sizes, self.device)
+            layout.log_w, layout.log_psi, layout.log_p = (
+                state[layout.slots] for state in (self.log_w, self.log_psi, self.log_p)
+            )
+            self._layout = rows, specs, layout
         return self._layout[2]
 
+    def _settle(self) -> None:
+        """Write the layout's state back to the slots, before either changes."""
+        if self._layout is not None:
+            layout = self._layout[2]
+            self.log_w[layout.slots] = layout.log_w
+            self.log_psi[layout.slots] = layout.log_psi
+            self.log_p[layout.slots] = layout.log_p
+            self._layout = None
+
+    @torch.inference_mode()
     def step(
         self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi_of: Callable[[Tensor], Tensor]
     ) -> TwistStep:
@@ -191,7 +220,7 @@ class LaneTable:
             what the scheduler has to mirror.
         """
         layout = self._lay_out(rows, specs)
-        slots, members = layout.slots, layout.members
+        members = layout.members
         # Rows are sorted: if there are no others, they are the whole batch.
         base = logits if len(rows) == len(logits) else logits[layout.rows]
         base = self.truncate(base, layout.top_k, layout.top_p)
@@ -202,62 +231,61 @@ class LaneTable:
         positions = [self.position[spec.lane_id] + 1 for spec in specs]
         self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
         lse0, lse_psi = reference.twist_softmax(base, log_psi)
-        log_w = self.log_w[slots] + (lse_psi - lse0 - self.log_psi[slots])
+        log_w = layout.log_w + (lse_psi - lse0 - layout.log_psi)
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
+        # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
         at = [{positions[i] for i in group} for group in layout.groups.values()]
-        allowed = torch.tensor(
-            [
-                complete and len(here) == 1 and 1 < min(here) < last
-                for complete, here, last in zip(layout.complete, at, layout.last, strict=True)
-            ],
-            device=self.device,
-        )
-        grouped = log_w[members]
-        resampled, ess = reference.should_resample(grouped, layout.live, allowed, layout.thresholds)
-        # The engine reads the step back anyway, so asking here costs nothing.
-        ancestors = None
-        if resampled.any():
-            keys = reference.at_position(
-                layout.group_keys, torch.tensor([min(here) for here in at], device=self.device)
+        weights = log_w.tolist()
+        sizes = [effective_sample_size([weights[i] for i in group]) for group in layout.groups.values()]
+        resampled = [
+            complete and len(here) == 1 and 1 < min(here) < last and _is_low(ess, threshold, len(group))
+            for complete, here, last, ess, threshold, group in zip(
+                layout.complete, at, layout.last, sizes, layout.thresholds, layout.groups.values(), strict=True
             )
+        ]
+        ancestors = None
+        if any(resampled):
+            positions_at = torch.tensor([min(here) for here in at], device=self.device)
+            chosen = torch.tensor(resampled, device=self.device)
+            keys = reference.at_position(layout.group_keys, positions_at)
             picked, new_log_w, _, _ = reference.resample(
-                grouped,
+                log_w[members],
                 layout.live,
-                allowed,
-                layout.thresholds,
+                chosen,
+                torch.ones_like(chosen, dtype=torch.float64),
                 layout.schemes,
                 reference.counter_uniforms(keys, members.shape[1]),
             )
             live = layout.live
-            ancestors = torch.empty_like(slots)
+            ancestors = torch.empty_like(layout.slots)
             ancestors[members[live]] = members.gather(1, picked)[live]
             log_w[members[live]] = new_log_w[live]
+            weights = log_w.tolist()
 
         keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
         token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
         if ancestors is None:
             ancestors = layout.identity
-        log_p = self.log_p[slots][ancestors] + token_log_p
-        self.log_w[slots] = log_w
-        self.log_p[slots] = log_p
+        layout.log_w = log_w
+        layout.log_p = layout.log_p[ancestors] + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
-        self.log_psi[slots] = torch.where(torch.isfinite(token_log_psi), token_log_psi, 0.0)
+        layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
 
         logprobs = self._logprobs(specs, base, lse0, ancestors, token)
         if len(rows) == len(logits):
-            logits.fill_(float("-inf"))
+            logits.fill_(float("-inf")).scatter_(1, token[:, None], 0.0)
         else:
             logits[layout.rows] = float("-inf")
-        logits[layout.rows, token] = 0.0
+            logits[layout.rows, token] = 0.0
         return TwistStep(
             lane_ids=[spec.lane_id for spec in specs],
             ancestors=ancestors.tolist(),
-            log_w=log_w.tolist(),
-            log_p=log_p.tolist(),
-            resampled=[group for group, yes in zip(layout.groups, resampled.tolist(), strict=True) if yes],
-            failed=[group for group, value in zip(layout.groups, ess.tolist(), strict=True) if value != value],
+            log_w=weights,
+            log_p=layout.log_p.tolist(),
+            resampled=[group for group, yes in zip(layout.groups, resampled, strict=True) if yes],
+            failed=[group for group, ess in zip(layout.groups, sizes, strict=True) if ess != ess],
             logprobs=logprobs,
         )
 
