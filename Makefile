@@ -1,5 +1,7 @@
 # Everything runs in .venv; each target sets up what it needs and may be repeated.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+# The first that runs: a name on the PATH may be a shim with nothing behind it.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c "import venv, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -9,6 +11,7 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): scripts/install.py setup.py vllm_twist/__init__.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found: install one, or make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(RUN) scripts/install.py
 	@touch $@
