@@ -143,15 +143,12 @@ def twist_sample(
     logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale)
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
     noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
-    if ancestors is None:
-        ancestors = torch.arange(len(keys), device=keys.device)
-        own = True
-    else:
-        own = False
-    noise.add_(logits if own else logits[ancestors])
+    noise.add_(logits if ancestors is None else logits[ancestors])
     if log_psi is not None:
-        noise.add_(log_psi if own else log_psi[ancestors])
+        noise.add_(log_psi if ancestors is None else log_psi[ancestors])
     token = noise.argmax(dim=-1)
+    if ancestors is None:
+        ancestors = torch.arange(len(token), device=token.device)
     log_p = logits[ancestors, token] - lse0[ancestors]
     return token, log_p, torch.zeros_like(log_p) if log_psi is None else log_psi[ancestors, token]
 
@@ -294,12 +291,13 @@ def fork_rows(
         first: tokens that lane and parent share from the start, usually the prompt's length, [N].
         computed: tokens in the parent's history, [N].
     """
-    rows, parents = rows.long(), rows.long()[ancestors]
     dead = ancestors != torch.arange(len(ancestors), device=ancestors.device)
+    children, parents = rows.long()[dead], rows.long()[ancestors[dead]]
+    first, computed = first[dead, None], computed[dead, None]
     for table, size in zip(tables, block_sizes, strict=True):
         column = torch.arange(table.shape[1], device=table.device)
-        inside = (column >= (first // size)[:, None]) & (column < (computed // size)[:, None]) & dead[:, None]
-        table[rows] = torch.where(inside, table[parents], table[rows])
+        inside = (column >= first // size) & (column < computed // size)
+        table[children] = torch.where(inside, table[parents], table[children])
 
 
 def copy_partial_blocks(

@@ -1,0 +1,230 @@
+"""Time of each kernel against a device copy, the PyTorch reference and the compiled reference, in one run.
+
+    python -m benchmarks.bench_kernels [--csv benchmarks/results/kernels.csv]
+
+With a GPU: the Triton kernels on 16 to 1,024 rows of 32,000 to 151,936 tokens, and one resampling step with its
+fork. Without one: the PyTorch backend on small sizes, to keep the benchmark itself working.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_generate import append_row, hardware, versions
+from vllm_twist.kernels import ops, reference
+
+
+class Case(NamedTuple):
+    """One operation at one size: what is timed, what it is compared to, and the bytes that it has to move."""
+
+    op: str
+    size: str
+    dtype: str
+    moved: int
+    run: Callable[[], Any]
+    baseline: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def quartiles(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Return the quartiles of the time of one call in milliseconds; on a GPU with a cold L2 cache."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return list(do_bench(run, warmup=50, rep=20 * repeats, quantiles=[0.25, 0.5, 0.75]))
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.quantiles(times, n=4)
+
+
+def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
+    """Return GB/s of a device copy, bytes read and bytes written counted."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    return 2 * size / quartiles(lambda: target.copy_(source), device, repeats)[1] / 1e6
+
+
+def softmax_cases(rows: list[int], vocabularies: list[int], types: list[torch.dtype], device: Any) -> Iterator[Case]:
+    for dtype in types:
+        for vocab in vocabularies:
+            for n in rows:
+                logits = torch.randn(n, vocab, device=device).mul_(3).to(dtype)
+                log_psi = torch.randn(n, vocab, device=device).to(dtype)
+                name, size = str(dtype).removeprefix("torch."), f"{n} x {vocab}"
+                moved = 2 * n * vocab * dtype.itemsize
+                lse0, _ = reference.twist_softmax(logits, log_psi)
+                lanes = torch.arange(n, device=device)
+                keys = reference.lane_keys(torch.zeros_like(lanes), reference.TOKEN_STREAM, lanes)
+                ancestors = lanes // 2 * 2
+                softmax, sample = (logits, log_psi), (logits, log_psi, lse0, ancestors, keys)
+                yield Case(
+                    "twist_softmax",
+                    size,
+                    name,
+                    moved,
+                    lambda a=softmax: ops.twist_softmax(*a),
+                    reference.twist_softmax,
+                    softmax,
+                )
+                yield Case(
+                    "twist_sample",
+                    size,
+                    name,
+                    moved,
+                    lambda a=sample: ops.twist_sample(*a),
+                    reference.twist_sample,
+                    sample,
+                )
+
+
+def group_cases(sizes: list[tuple[int, int]], layers: int, device: Any) -> Iterator[Case]:
+    """Resample groups whose weights are uneven, then fork: tables, histories and partial blocks of 16 tokens."""
+    for g, k in sizes:
+        n, size = g * k, f"{g} x {k}"
+        log_w = 2 * torch.randn(g, k, device=device)
+        flags = torch.ones(g, k, dtype=torch.bool, device=device)
+        ones, schemes = torch.ones(g, device=device), torch.zeros(g, dtype=torch.int64, device=device)
+        uniforms = torch.rand(g, k, device=device)
+        weights = (log_w, flags, flags[:, 0].contiguous(), ones, schemes, uniforms)
+        moved = n * (4 + 1 + 4 + 8 + 4)
+        yield Case("resample", size, "float32", moved, lambda a=weights: ops.resample(*a), reference.resample, weights)
+
+        picked = reference.resample(*weights)[0]
+        ancestors = (picked + torch.arange(g, device=device)[:, None] * k).reshape(-1)
+        lanes = torch.arange(n, device=device)
+        dead = int((ancestors != lanes).sum())
+        computed, first = torch.full_like(lanes, 300), torch.full_like(lanes, 100)
+        table = torch.arange(n * 32, dtype=torch.int32, device=device).reshape(n, 32)
+        tokens = torch.zeros(n, 4096, dtype=torch.int32, device=device)
+        table[:, 300 // 16] = torch.arange(n, dtype=torch.int32, device=device)
+        blocks = torch.tensor([16, 1], dtype=torch.int32, device=device)
+        fork = ([table, tokens], blocks, lanes, ancestors, first, computed)
+        pointers = ops.row_pointers([table, tokens])
+        yield Case(
+            "fork_rows",
+            size,
+            "int32",
+            2 * 4 * dead * (12 + 200),
+            lambda a=fork, p=pointers: ops.fork_rows(*a, pointers=p),
+            reference.fork_rows,
+            fork,
+        )
+        # One KV head of 64 in bfloat16: blocks of 4 KiB per layer.
+        caches = [torch.zeros(n, 2, 16, 64, dtype=torch.bfloat16, device=device) for _ in range(layers)]
+        copy = (caches, n, [table], blocks[:1], lanes, ancestors, computed)
+        made = {"pointers": ops.row_pointers([table]), "segments": ops.block_segments(caches, n)}
+
+        def together(resample: Any = weights, rows: Any = fork, blocks: Any = copy, p: Any = pointers, m: Any = made):
+            ops.resample(*resample)
+            ops.fork_rows(*rows, pointers=p)
+            ops.copy_partial_blocks(*blocks, **m)
+
+        def together_in_torch(resample: Any, rows: Any, blocks: Any) -> None:
+            reference.resample(*resample)
+            reference.fork_rows(*rows)
+            reference.copy_partial_blocks(*blocks)
+
+        yield Case(
+            "copy_partial_blocks",
+            size,
+            f"{layers} layers bfloat16",
+            2 * dead * layers * 4096,
+            lambda a=copy, m=made: ops.copy_partial_blocks(*a, **m),
+            reference.copy_partial_blocks,
+            copy,
+        )
+        yield Case(
+            "resample and fork",
+            size,
+            f"{layers} layers bfloat16",
+            moved + 2 * dead * (4 * 212 + layers * 4096),
+            together,
+            together_in_torch,
+            (weights, fork, copy),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
+    parser.add_argument("--csv", type=Path, help="append one row per operation and size")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    if gpu:
+        cases = [
+            softmax_cases([16, 64, 256, 1024], [32_000, 128_256, 151_936], [torch.bfloat16, torch.float32], device),
+            group_cases([(64, 16), (8, 128), (1, 1024)], 32, device),
+        ]
+    else:
+        torch.set_num_threads(1)
+        cases = [softmax_cases([16], [1_000, 32_000], [torch.float32], device), group_cases([(8, 16)], 4, device)]
+    backend = "triton" if gpu else "torch"
+    software = f"{versions()} triton {metadata.version('triton')}"
+    bandwidth = copy_bandwidth(device, 2**28 if gpu else 2**24, args.repeats)
+    print(f"{hardware()} · {software} · backend {backend} · device copy {bandwidth:.0f} GB/s · {args.repeats} repeats")
+    header = f"{'op':>20} {'size':>14} {'dtype':>18} {'ms: median (quartiles)':>26} {'GB/s':>6} {'of copy':>7}"
+    print(f"{header} {'reference ms':>12} {'speed-up':>8} {'compiled ms':>11} {'speed-up':>8}")
+    for case in (case for group in cases for case in group):
+        low, median, high = quartiles(case.run, device, args.repeats)
+        plain = quartiles(lambda c=case: c.baseline(*c.arguments), device, args.repeats)[1]
+        compiled = compiled_median(case, device, args.repeats) if not args.no_compile else None
+        rate = case.moved / median / 1e6
+        print(
+            f"{case.op:>20} {case.size:>14} {case.dtype:>18} {f'{median:.4f} ({low:.4f}-{high:.4f})':>26} {rate:6.1f} "
+            f"{rate / bandwidth:7.2f} {plain:12.4f} {plain / median:8.2f} "
+            + (f"{compiled:11.4f} {compiled / median:8.2f}" if compiled else f"{'-':>11} {'-':>8}")
+        )
+        if args.csv:
+            row = {
+                "date": datetime.date.today().isoformat(),
+                "hardware": hardware(),
+                "versions": software,
+                "command": " ".join(["python -m benchmarks.bench_kernels", *sys.argv[1:]]),
+                "backend": backend,
+                "op": case.op,
+                "size": case.size,
+                "dtype": case.dtype,
+                "ms_q25": round(low, 5),
+                "ms_median": round(median, 5),
+                "ms_q75": round(high, 5),
+                "gb_per_s": round(rate, 2),
+                "copy_gb_per_s": round(bandwidth, 1),
+                "reference_ms": round(plain, 5),
+                "compiled_ms": round(compiled, 5) if compiled else "",
+            }
+            append_row(args.csv, row)
+    if not gpu:
+        print("No GPU here: these are the PyTorch backend's times. The GPU rows are not yet measured.")
+
+
+def compiled_median(case: Case, device: torch.device, repeats: int) -> float | None:
+    """Return the median time of ``torch.compile`` of the reference; None for an op without a fixed shape to compile."""
+    if case.op not in ("twist_softmax", "twist_sample", "resample"):
+        return None
+    torch.compiler.reset()
+    compiled = torch.compile(case.baseline, dynamic=False)
+    arguments: tuple[Tensor, ...] = case.arguments
+    return quartiles(lambda: compiled(*arguments), device, repeats)[1]
+
+
+if __name__ == "__main__":
+    main()

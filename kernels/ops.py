@@ -1,0 +1,403 @@
+"""The step's operations, each with a Triton and a PyTorch backend that give the same results.
+
+``backend="auto"`` takes Triton on CUDA tensors and PyTorch (``reference``) elsewhere; "triton" on
+CPU tensors needs Triton's interpreter. Nothing here waits for the device, so values are not checked, only
+types, shapes and places.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INTS = (torch.int32, torch.int64)
+
+BACKENDS = ("auto", "triton", "torch")
+#: Lanes per group that the Triton resampler holds in one program's registers.
+MAX_LANES = 1024
+
+
+def _triton(backend: str, device: torch.device) -> bool:
+    """Decide between the backends."""
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}: pass one of these.")
+    if backend == "triton" and device.type != "cuda":
+        from triton import JITFunction
+
+        from .twist_softmax import softmax_pieces_kernel
+
+        if isinstance(softmax_pieces_kernel, JITFunction):
+            raise ValueError(
+                f"`backend` 'triton' needs tensors on a CUDA device, got {device}: pass backend='auto', or set "
+                "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels."
+            )
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
+def _check(
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    remedy: str,
+    *,
+    dense: bool = False,
+) -> None:
+    """Refuse a tensor of another shape (None: any length), type or device, or (``dense``) one with gaps in its rows."""
+    fits = x.ndim == len(shape) and all(b is None or a == b for a, b in zip(x.shape, shape, strict=True))
+    gaps = dense and x.ndim > 0 and x.shape[-1] > 1 and x.stride(-1) != 1
+    if fits and x.dtype in dtypes and x.device == device and not gaps:
+        return
+    types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    sizes = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    if gaps:
+        got += f" with strides {list(x.stride())}"
+    layout = ", dense along the last dimension" if dense else ""
+    raise ValueError(f"`{name}` must be {types} {sizes} on {device}{layout}, got {got}: {remedy}.")
+
+
+def _check_rows(
+    logits: Tensor, log_psi: Tensor | None, inverse_temperature: Tensor | None, scale: Tensor | None
+) -> None:
+    device = logits.device
+    _check("logits", logits, (None, None), FLOATS, device, "pass one row of logits per lane", dense=True)
+    rows, vocab = logits.shape
+    if vocab == 0:
+        raise ValueError("`logits` must hold at least one token, got a vocabulary of 0: pass [N, V] with V >= 1.")
+    if log_psi is not None:
+        remedy = "pass log psi of every token, or None for no twist"
+        _check("log_psi", log_psi, (rows, vocab), FLOATS, device, remedy, dense=True)
+    for name, x in (("inverse_temperature", inverse_temperature), ("scale", scale)):
+        if x is not None:
+            _check(name, x, (rows,), (torch.float32,), device, "pass one value per row, or None for 1")
+
+
+def _dense(*tensors: Tensor | None) -> list[Any]:
+    """Return small tensors as the kernels index them: without gaps along the last dimension."""
+    return [x if x is None or x.ndim == 0 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def twist_softmax(
+    logits: Tensor,
+    log_psi: Tensor | None,
+    inverse_temperature: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return (lse0, lse_psi), float32 [N]: the log-sums of the base and of the twisted logits.
+
+        x[i, v]    = beta[i] * logits[i, v]
+        g[i, v]    = scale[i] * log_psi[i, v]                     0 where scale[i] is 0
+        lse0[i]    = log sum_v exp(x[i, v])
+        lse_psi[i] = log sum_v exp(x[i, v] + g[i, v])             log Z^pi = lse_psi - lse0 (Zhao et al. 2024, Eq. 15)
+
+    Args:
+        logits: bfloat16, float16 or float32 [N, V], any row stride; -inf where a token is forbidden.
+        log_psi: the same, of its own type and stride, in nats; None for a twist of one.
+        inverse_temperature: beta > 0, float32 [N]; None is 1.
+        scale: float32 [N]; None is 1.
+        backend: "auto", "triton" or "torch".
+
+    A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one
+    with NaN gives NaN, one with +inf gives +inf. Both backends sum in float32.
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    _check_rows(logits, log_psi, inverse_temperature, scale)
+    if not _triton(backend, logits.device):
+        return reference.twist_softmax(logits, log_psi, inverse_temperature, scale)
+    from . import twist_softmax as fused
+
+    return fused.twist_softmax(logits, log_psi, *_dense(inverse_temperature, scale))
+
+
+def twist_sample(
+    logits: Tensor,
+    log_psi: Tensor | None,
+    lse0: Tensor,
+    ancestors: Tensor | None,
+    keys: Tensor,
+    inverse_temperature: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per lane from the twist-induced proposal of the lane's ancestor; return (token, log_p, log_psi).
+
+        a        = ancestors[i]                                   x and g as in ``twist_softmax``
+        token[i] = argmax_v x[a, v] + g[a, v] - log(-log1p(-u))   u = counter_uniforms(keys)[i, v]
+        log_p[i] = x[a, token[i]] - lse0[a]
+        log_psi[i] = g[a, token[i]]
+
+    Args:
+        logits, log_psi, inverse_temperature, scale: rows [N, V], as in ``twist_softmax``.
+        lse0: its first result, float32 [N].
+        ancestors: row to draw from, int64 [L]; None draws lane i from row i (then L = N).
+        keys: one key per lane, int64 [L] (``reference.at_position``).
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        token int64 [L], log p0(token) float32 [L], log psi(token) float32 [L].
+
+    A forbidden token is drawn only where no other is left: then it is token 0, with log_p NaN if
+    the base logits are all -inf. A row with NaN gives some token of the vocabulary; its log-sums
+    are NaN. The backends draw the same token unless two scores are within float32 rounding.
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    _check_rows(logits, log_psi, inverse_temperature, scale)
+    device, rows = logits.device, len(logits)
+    _check("lse0", lse0, (rows,), (torch.float32,), device, "pass what twist_softmax returned")
+    lanes = (rows if ancestors is None else None,)
+    _check("keys", keys, lanes, (torch.int64,), device, "pass one key per lane, from at_position")
+    if ancestors is not None:
+        _check("ancestors", ancestors, (len(keys),), (torch.int64,), device, "pass one row index per lane")
+    if not _triton(backend, device):
+        return reference.twist_sample(logits, log_psi, lse0, ancestors, keys, inverse_temperature, scale)
+    from . import twist_softmax as fused
+
+    return fused.twist_sample(logits, log_psi, *_dense(lse0, ancestors, keys, inverse_temperature, scale))
+
+
+def resample(
+    log_w: Tensor,
+    live: Tensor,
+    allowed: Tensor,
+    thresholds: Tensor,
+    schemes: Tensor,
+    uniforms: Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Resample the live lanes of every group whose weights have become too uneven.
+
+        ess       = (sum w)^2 / sum w^2                           w = exp(log_w) over the n live lanes
+        resampled = allowed and n >= 2 and (ess < threshold * n  or  threshold >= 1)
+        ancestors ~ scheme(w / sum w)                             a lane that has a child keeps itself
+        log_w     = log(sum w / n)                                on the live lanes, where resampled
+
+    Args:
+        log_w: float32 or float64 [G, K].
+        live: bool [G, K], any subset of the slots.
+        allowed: bool [G].
+        thresholds: float32 or float64 [G], as a fraction of the live lanes.
+        schemes: int64 [G], codes into ``reference.SCHEMES``.
+        uniforms: float32 or float64 [G, K] on [0, 1].
+        backend: "auto", "triton" (K up to 1,024) or "torch".
+
+    Returns:
+        ancestors int64 [G, K], log_w [G, K], ESS [G] and resampled bool [G]. A group whose live
+        weights are NaN, +inf or all -inf is left as it is, with an ESS of NaN. No lane without weight is chosen.
+
+    Both backends compute in float64, whatever the type of ``log_w``. They may differ in an ESS that equals the
+    threshold and in a point that equals a cumulative weight, to K * 2**-52 in both cases.
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    device, reals = log_w.device, (torch.float32, torch.float64)
+    _check("log_w", log_w, (None, None), reals, device, "pass one row of log weights per group")
+    groups, lanes = log_w.shape
+    if lanes == 0:
+        raise ValueError("`log_w` must hold at least one lane per group, got K = 0: pass [G, K] with K >= 1.")
+    _check("live", live, (groups, lanes), (torch.bool,), device, "pass a mask of the lanes that take part")
+    _check("allowed", allowed, (groups,), (torch.bool,), device, "pass one flag per group")
+    _check("thresholds", thresholds, (groups,), reals, device, "pass one threshold per group")
+    _check("schemes", schemes, (groups,), (torch.int64,), device, "pass one code of reference.SCHEMES per group")
+    _check("uniforms", uniforms, (groups, lanes), reals, device, "pass counter_uniforms(keys, K)")
+    if not _triton(backend, device):
+        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)
+    if lanes > MAX_LANES:
+        raise ValueError(
+            f"`log_w` must have at most {MAX_LANES} lanes per group for Triton, got {lanes}: pass backend='torch'."
+        )
+    from . import resample as fused
+
+    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms))
+
+
+class BlockSegments(NamedTuple):
+    """Where the bytes of a KV block are: from ``block_segments``.
+
+    Attributes:
+        table: (address, bytes from block to block, bytes to copy) of each run of bytes, int64 [S, 3].
+        aligned: whether all of them are multiples of 16.
+    """
+
+    table: Tensor
+    aligned: bool
+
+
+def row_pointers(tables: Sequence[Tensor]) -> Tensor:
+    """Return (address, row stride) of each int32 table, int64 [T, 2] on their device.
+
+    Valid as long as the tables are neither freed nor reallocated; make it once and keep it.
+    """
+    _check_tables(tables)
+    values = [(table.data_ptr(), table.stride(0)) for table in tables]
+    return torch.tensor(values, dtype=torch.int64).reshape(-1, 2).to(tables[0].device if tables else "cpu")
+
+
+def block_segments(caches: Sequence[Tensor], num_blocks: int) -> BlockSegments:
+    """Describe the caches to ``copy_partial_blocks``; valid as long as they stay in place.
+
+    Args:
+        caches: KV caches whose dim 0 counts ``num_blocks`` blocks, or several kernel blocks to each;
+            any strides. Layers that share memory are found out and copied once.
+
+    Raises:
+        ValueError: a dim 0 that is not a multiple of ``num_blocks``.
+    """
+    _check_caches(caches, num_blocks)
+    runs = set()
+    for cache in caches:
+        blocks, width = cache.unflatten(0, (num_blocks, -1)), cache.element_size()
+        dims = sorted(
+            (step, size) for step, size in zip(blocks.stride()[1:], blocks.shape[1:], strict=True) if size > 1
+        )
+        run = 1
+        while dims and dims[0][0] == run:
+            run *= dims.pop(0)[1]
+        for index in itertools.product(*(range(size if step else 1) for step, size in dims)):
+            offset = sum(i * step for i, (step, _) in zip(index, dims, strict=True))
+            runs.add((blocks.stride(0) * width, blocks.data_ptr() + offset * width, run * width))
+    merged: list[list[int]] = []
+    for stride, address, run in sorted(runs):
+        if merged and merged[-1][1] == stride and merged[-1][0] + merged[-1][2] >= address:
+            joined = max(merged[-1][2], address + run - merged[-1][0])
+            if joined <= stride:
+                merged[-1][2] = joined
+                continue
+        merged.append([address, stride, run])
+    table = torch.tensor(merged, dtype=torch.int64).reshape(-1, 3)
+    return BlockSegments(
+        table.to(caches[0].device if caches else "cpu"), all(x % 16 == 0 for row in merged for x in row)
+    )
+
+
+def _check_tables(tables: Sequence[Tensor]) -> None:
+    for i, table in enumerate(tables):
+        remedy = "pass int32 tables on one device, one row per request"
+        _check(f"tables[{i}]", table, (None, None), (torch.int32,), tables[0].device, remedy, dense=True)
+
+
+def _check_caches(caches: Sequence[Tensor], num_blocks: int) -> None:
+    for i, cache in enumerate(caches):
+        if num_blocks < 1 or cache.ndim == 0 or cache.shape[0] % num_blocks:
+            raise ValueError(
+                f"`caches[{i}]` must have a multiple of `num_blocks` = {num_blocks} as its first size, got "
+                f"{list(cache.shape)}: permute the dimension that counts blocks to the front."
+            )
+
+
+def _check_lanes(
+    tables: Sequence[Tensor], block_sizes: Tensor, rows: Tensor, ancestors: Tensor, **lengths: Tensor
+) -> None:
+    _check_tables(tables)
+    device, lanes = ancestors.device, (len(ancestors),)
+    _check("ancestors", ancestors, (None,), (torch.int64,), tables[0].device if tables else device, "pass lane indices")
+    _check("block_sizes", block_sizes, (len(tables),), INTS, device, "pass the tokens per entry of each table")
+    _check("rows", rows, lanes, INTS, device, "pass the row of each lane")
+    for name, x in lengths.items():
+        _check(name, x, lanes, INTS, device, "pass a number of tokens per lane")
+
+
+def fork_rows(
+    tables: Sequence[Tensor],
+    block_sizes: Tensor,
+    rows: Tensor,
+    ancestors: Tensor,
+    first: Tensor,
+    computed: Tensor,
+    *,
+    pointers: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Give every dead lane its parent's block-table entries and token history, in place.
+
+        for each table t, lane i with a = ancestors[i] != i:      b = block_sizes[t]
+            start, stop = first[i] // b, computed[i] // b
+            tables[t][rows[i], start:stop] = tables[t][rows[a], start:stop]
+
+    Only full blocks: the entry of the partial block stays the lane's own. A token history is a
+    table with one token per entry.
+
+    Args:
+        tables: int32 [R, M_t] each, T of them.
+        block_sizes: tokens per entry, int32 or int64 [T].
+        rows: row of each lane in all tables, int32 or int64 [L], no two alike.
+        ancestors: int64 [L]; a parent keeps itself (``resample`` sees to it).
+        first: tokens that lane and parent share from the start, usually the prompt's, [L].
+        computed: tokens in the parent's history, [L].
+        pointers: ``row_pointers(tables)``, made once; None makes it anew, which waits for the device.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    _check_lanes(tables, block_sizes, rows, ancestors, first=first, computed=computed)
+    if not _triton(backend, ancestors.device):
+        return reference.fork_rows(tables, block_sizes, rows, ancestors, first, computed)
+    from . import fork as fused
+
+    pointers = row_pointers(tables) if pointers is None else pointers
+    _check("pointers", pointers, (len(tables), 2), (torch.int64,), ancestors.device, "pass row_pointers(tables)")
+    fused.fork_rows(*_dense(block_sizes, rows, ancestors, first, computed, pointers))
+
+
+def copy_partial_blocks(
+    caches: Sequence[Tensor],
+    num_blocks: int,
+    tables: Sequence[Tensor],
+    block_sizes: Tensor,
+    rows: Tensor,
+    ancestors: Tensor,
+    computed: Tensor,
+    *,
+    pointers: Tensor | None = None,
+    segments: BlockSegments | None = None,
+    backend: str = "auto",
+) -> None:
+    """Overwrite every dead lane's partial KV block with its parent's, in all layers, in place.
+
+        for each table t, lane i with a = ancestors[i] != i and computed[i] % block_sizes[t] > 0:
+            column = computed[i] // block_sizes[t]
+            for each cache:
+                cache[tables[t][rows[i], column]] = cache[tables[t][rows[a], column]]
+
+    Before or after ``fork_rows``, which leaves these entries alone.
+
+    Args:
+        caches: any dtype, shape and strides; dim 0 counts blocks (``block_segments``).
+        num_blocks: blocks that the tables number.
+        tables, block_sizes, rows, ancestors, computed: as in ``fork_rows``; block tables only.
+        pointers: ``row_pointers(tables)``, made once; None makes it anew, which waits for the device.
+        segments: ``block_segments(caches, num_blocks)``, likewise.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    _check_lanes(tables, block_sizes, rows, ancestors, computed=computed)
+    _check_caches(caches, num_blocks)
+    if not _triton(backend, ancestors.device):
+        return reference.copy_partial_blocks(caches, num_blocks, tables, block_sizes, rows, ancestors, computed)
+    from . import fork as fused
+
+    pointers = row_pointers(tables) if pointers is None else pointers
+    _check("pointers", pointers, (len(tables), 2), (torch.int64,), ancestors.device, "pass row_pointers(tables)")
+    table, aligned = block_segments(caches, num_blocks) if segments is None else segments
+    block_sizes, rows, ancestors, computed = _dense(block_sizes, rows, ancestors, computed)
+    fused.copy_partial_blocks(block_sizes, rows, ancestors, computed, pointers, table, aligned)
