@@ -14,7 +14,6 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
@@ -25,7 +24,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_twist.engine import compat
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
-from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
+from vllm_twist.engine.scheduler import TwistScheduler, TwistSchedulerMixin
 from vllm_twist.engine.worker import TwistWorkerMixin
 
 
@@ -61,9 +60,8 @@ def test_every_override_is_listed():
         for name in vars(ours):
             if callable(getattr(ours, name)) and hasattr(theirs, name) and name not in dir(object):
                 assert (ours, name) in listed, name
-    for concrete, base in ((TwistScheduler, Scheduler), (TwistAsyncScheduler, AsyncScheduler)):
-        assert issubclass(concrete, base)
-        assert concrete.schedule is TwistSchedulerMixin.schedule
+    assert issubclass(TwistScheduler, Scheduler)
+    assert TwistScheduler.schedule is TwistSchedulerMixin.schedule
 
 
 PATCHED = [

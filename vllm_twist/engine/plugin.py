@@ -7,7 +7,7 @@ import dataclasses
 import os
 from typing import Any
 
-from vllm_twist.config import PREFIX, RequestConfig, TwistConfig, option_names
+from vllm_twist.config import PREFIX, RequestConfig, TwistConfig
 from vllm_twist.engine import compat
 
 _MODULE = "vllm_twist.engine"
@@ -111,6 +111,3 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
     ]
     vllm_config.additional_config = {**vllm_config.additional_config, PREFIX: twist.to_dict()}
     compat.patch_frontend()
-
-
-__all__ = ["add_cli_args", "configure", "option_names", "prepare", "register"]

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
@@ -561,7 +560,3 @@ def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsL
 
 class TwistScheduler(TwistSchedulerMixin, Scheduler):
     """Particle groups over the synchronous scheduler."""
-
-
-class TwistAsyncScheduler(TwistSchedulerMixin, AsyncScheduler):
-    """Particle groups over the asynchronous scheduler."""
