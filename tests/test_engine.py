@@ -377,6 +377,28 @@ def test_head_gone_wrong_ends_its_request_alone(clean, wide: Tiny):
         results(bad)
 
 
+def test_zero_weights_of_some_are_no_failure():
+    """Lanes of weight zero do not fail their group, alone in the batch or not; NaN and +inf do."""
+    from vllm_twist.engine.lanes import LaneSpec, LaneTable
+
+    specs = [LaneSpec(f"lane{i}", "group", i, 1, 9, 0.5, 0, 1.0) for i in range(2)]
+    for value, fails in ((-math.inf, False), (math.nan, True), (math.inf, True), (0.0, False)):
+        table = LaneTable(torch.device("cpu"), lambda logits, k, p: logits)
+        for spec in specs:
+            table.add(spec)
+        step = table.step(torch.zeros(1, 5), [0], specs[:1], lambda rows, value=value: torch.full((1, 5), value))
+        assert step.failed == (["group"] if fails else []), value
+
+
+def test_all_weights_zero_end_the_request(clean, wide: Tiny, monkeypatch):
+    """A twist of zero everywhere leaves no weight in the group, which is an error that says so."""
+    readout = worker_of(clean(wide)).readout
+    monkeypatch.setattr(worker_of(clean(wide)).twist, "log_psi_of", lambda rows: readout.log_psi(rows) - math.inf)
+    (bad,) = generate(clean(wide), [prompt_of(9)], params(max_tokens=10, twist_particles=4))
+    with pytest.raises(RuntimeError, match="all zero"):
+        results(bad)
+
+
 BAD_REQUESTS = [
     ({"twist_particles": 0}, r"`twist_particles` must be at least 1, got 0"),
     ({"twist_particles": -3}, r"`twist_particles` must be at least 1, got -3"),

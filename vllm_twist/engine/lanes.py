@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class TwistStep:
 
     Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w`` and
     ``log_p`` hold for the particle each lane carries after the step. ``resampled`` and ``failed``
-    name groups; a failed group has weights that are NaN, +inf or all zero.
+    name groups; a failed group has a weight that is NaN or infinite.
     """
 
     lane_ids: list[str]
@@ -132,9 +133,9 @@ class LaneTable:
         self.log_w = torch.zeros(0, device=device)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
-        # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         #: Index of the last token drawn, from 1, by lane id.
         self.position: dict[str, int] = {}
+        # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
 
     @torch.inference_mode()
@@ -285,7 +286,11 @@ class LaneTable:
             log_w=weights,
             log_p=layout.log_p.tolist(),
             resampled=[group for group, yes in zip(layout.groups, resampled, strict=True) if yes],
-            failed=[group for group, ess in zip(layout.groups, sizes, strict=True) if ess != ess],
+            failed=[
+                group_id
+                for group_id, group in layout.groups.items()
+                if any(weights[i] != weights[i] or weights[i] == math.inf for i in group)
+            ],
             logprobs=logprobs,
         )
 

@@ -26,6 +26,11 @@ from vllm_twist.results import RESULT_KEY
 
 logger = init_logger(__name__)
 
+GONE_WRONG = (
+    "the twist gave weights that are NaN, infinite or all zero: check the head (`twist_head`) and "
+    "`twist_scale`, and that the request's own restrictions leave some token possible."
+)
+
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -323,12 +328,7 @@ class TwistSchedulerMixin(_Base):
         """Apply what the worker did to the lanes before the base scheduler appends the tokens."""
         for group_id in step.failed:
             if group_id in self.groups:
-                self._fail(
-                    self.groups[group_id],
-                    "the twist gave weights that are NaN, infinite or all zero: check the head "
-                    "(`twist_head`) and `twist_scale`, and that the request's own restrictions "
-                    "leave some token possible.",
-                )
+                self._fail(self.groups[group_id], GONE_WRONG)
         # Read before the forks: a parent's history may be copied more than once.
         history = {
             parent: list(group.lanes[parent].logprobs)
@@ -353,6 +353,11 @@ class TwistSchedulerMixin(_Base):
         for group_id in step.resampled:
             if group_id in self.groups:
                 self.groups[group_id].num_resamplings += 1
+        # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
+        touched = {group.id: group for lane_id in step.lane_ids if (group := self.group_of.get(lane_id)) is not None}
+        for group in touched.values():
+            if group.forked and all(lane.log_w == float("-inf") for lane in group.lanes.values()):
+                self._fail(group, GONE_WRONG)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
@@ -458,9 +463,6 @@ class TwistSchedulerMixin(_Base):
         del self.group_of[output.request_id]
 
     def _finish_group(self, group: Group) -> None:
-        if all(lane.log_w == float("-inf") for lane in group.lanes.values()):
-            self._fail(group, "every particle ended with weight zero: the target gives this prompt no probability.")
-            return
         index = group.draw()
         lane = list(group.lanes.values())[index]
         del self.groups[group.id]
