@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from elsewhere import Elsewhere
 from torch import Tensor
 
 from vllm_twist.kernels import fork, ops, reference
@@ -45,18 +43,8 @@ TOP_KEYS = (-2573957223134789632, -2469218509977026560)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Run the selected tests of this file under the interpreter; return what each failed with, "" if it passed."""
     selected = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
-    report = tmp_path_factory.mktemp("kernels") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *selected]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True, timeout=600
-    )
-    if not report.exists():
-        pytest.fail(f"the interpreted tests did not run:\n{done.stdout}\n{done.stderr}", pytrace=False)
-    results = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        results[case.get("name", "")] = "\n".join(x.text or x.get("message") or x.tag for x in case)
-    return results
+    folder = tmp_path_factory.mktemp("kernels")
+    return Elsewhere(selected, {"TRITON_INTERPRET": "1"}, request.config.rootpath, folder).outcomes(timeout=900)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +55,7 @@ def interpreted(request: pytest.FixtureRequest) -> None:
     outcomes, name = request.getfixturevalue("outcomes"), request.node.name
 
     def report(**_: Any) -> None:
-        failure = outcomes.get(name, "it did not run under the interpreter")
+        failure = outcomes.get(f"test_kernels.{name}", "it did not run under the interpreter")
         if failure:
             pytest.fail(failure, pytrace=False)
 
