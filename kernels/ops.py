@@ -178,6 +178,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,6 +196,8 @@ def resample(
         thresholds: float32 or float64 [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``reference.SCHEMES``.
         uniforms: float32 or float64 [G, K] on [0, 1].
+        pinned: bool [G], groups whose lane 0 keeps itself while the others resample conditionally on it
+            (``reference.resample``); with multinomial or residual resampling only.
         backend: "auto", "triton" (K up to 1,024) or "torch".
 
     Returns:
@@ -217,15 +220,19 @@ def resample(
     _check("thresholds", thresholds, (groups,), reals, device, "pass one threshold per group")
     _check("schemes", schemes, (groups,), (torch.int64,), device, "pass one code of reference.SCHEMES per group")
     _check("uniforms", uniforms, (groups, lanes), reals, device, "pass counter_uniforms(keys, K)")
+    if pinned is not None:
+        _check(
+            "pinned", pinned, (groups,), (torch.bool,), device, "pass one flag per group, or None for no pinned lane"
+        )
     if not _triton(backend, device):
-        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)
+        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms, pinned)
     if lanes > MAX_LANES:
         raise ValueError(
             f"`log_w` must have at most {MAX_LANES} lanes per group for Triton, got {lanes}: pass backend='torch'."
         )
     from . import resample as fused
 
-    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms))
+    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms, pinned))
 
 
 class BlockSegments(NamedTuple):

@@ -177,8 +177,15 @@ def _invert(cumulative: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     return torch.minimum(index, last).clamp_(min=0)
 
 
-def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor) -> Tensor:
-    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes."""
+def _offspring(
+    weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor, pinned: Tensor | None = None
+) -> Tensor:
+    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes.
+
+    In a pinned group the law is weighted by the children of lane 0, as ``resample`` says. Those
+    are ``sure`` ones and hits among ``draws`` points: with probability sure / (n w) they already
+    carry the weighting, else the first point is lane 0's.
+    """
     n = live.sum(-1, keepdim=True)
     # A live lane's place among the live ones, 0..n-1.
     rank = live.cumsum(-1) - 1
@@ -193,7 +200,15 @@ def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor)
         torch.where(scheme == STRATIFIED, (rank + uniforms) / n, uniforms),
     )
     total = rest.sum(-1, keepdim=True)
+    if pinned is not None:
+        held = (pinned & live[:, 0])[:, None]
+        share = torch.where(expected[:, :1] > 0, sure[:, :1] / expected[:, :1], 0.0)
+        own = held & (uniforms[:, :1] >= share)
+        # What is left of the uniform is one again.
+        points[:, :1] = torch.where(held & ~own, uniforms[:, :1] / share, points[:, :1])
     chosen = _invert(rest.cumsum(-1), points * total, rest)
+    if pinned is not None:
+        chosen[:, :1] = torch.where(own, 0, chosen[:, :1])
     drawn = (live & (rank < draws)).to(torch.int64)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 
@@ -222,6 +237,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Resample the live lanes of every group whose weights have become too uneven.
 
@@ -239,6 +255,11 @@ def resample(
         thresholds: [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``SCHEMES``.
         uniforms: [G, K] on [0, 1]; systematic uses the first of each row only.
+        pinned: bool [G], groups whose lane 0 carries a given particle: while it lives it keeps itself,
+            and the others resample conditionally on that (conditional SMC; Zhao et al. 2024, Alg. 2).
+            P(children) is then P_scheme(children) * children of lane 0 / (n * weight of lane 0): for
+            multinomial, n - 1 draws from all. Multinomial and residual only: the others depend on the
+            order of the lanes, and lane 0 would have to change its place.
 
     Returns:
         ancestors int64 [G, K] (a lane's own index where nothing changes), the new log_w [G, K],
@@ -251,7 +272,7 @@ def resample(
     masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
     lse = torch.logsumexp(masked, -1, keepdim=True)
     weights = torch.where(torch.isfinite(ess)[:, None], torch.exp(masked - lse), 0.0)
-    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64))
+    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64), pinned)
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)
     orphan = live & (counts == 0)

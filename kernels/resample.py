@@ -39,6 +39,7 @@ def resample_kernel(
     thresholds,
     schemes,
     uniforms,
+    pinned,
     ancestors,
     new_log_w,
     sizes,
@@ -94,11 +95,20 @@ def resample_kernel(
     even = (spread + u0) / divisor
     layered = (spread + u) / divisor
     points = tl.where(scheme == SYSTEMATIC, even, tl.where(scheme == STRATIFIED, layered, u))
+    if pinned is not None:
+        first = lane == 0
+        held = (tl.load(pinned + group) != 0) & (tl.sum((first & alive).to(tl.int32), axis=0) > 0)
+        surely, hoped = tl.sum(tl.where(first, sure, 0.0), axis=0), tl.sum(tl.where(first, expected, 0.0), axis=0)
+        share = tl.where(hoped > 0, surely / tl.where(hoped > 0, hoped, 1.0), 0.0)
+        own = held & (u0 >= share)
+        points = tl.where(first & held & (u0 < share), u0 / tl.where(share > 0, share, 1.0), points)
     points = points * tl.sum(parts, axis=0).to(tl.float64)
     chosen = _count_up_to(tl.cumsum(parts, axis=0), points, K, STEPS)
     # A point at the total or beyond goes to the last lane with weight.
     last = tl.max(tl.where(parts > 0, lane, 0), axis=0)
     chosen = tl.minimum(chosen, last)
+    if pinned is not None:
+        chosen = tl.where(first & own, 0, chosen)
     drawn = alive & (rank < draws)
     children = sure.to(tl.int32) + tl.histogram(chosen, K, mask=drawn)
 
@@ -122,6 +132,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Resample as ``reference.resample`` does, all groups in one launch; at most 1,024 lanes each."""
     groups, lanes = log_w.shape
@@ -138,6 +149,7 @@ def resample(
             thresholds,
             schemes,
             uniforms,
+            pinned,
             ancestors,
             new_log_w,
             sizes,
