@@ -202,13 +202,13 @@ def _offspring(
     total = rest.sum(-1, keepdim=True)
     if pinned is not None:
         held = (pinned & live[:, 0])[:, None]
-        share = torch.where(expected[:, :1] > 0, sure[:, :1] / expected[:, :1], 0.0)
-        own = held & (uniforms[:, :1] >= share)
+        share = sure[:, :1] / torch.where(expected[:, :1] > 0, expected[:, :1], 1.0)
+        forced = held & (uniforms[:, :1] >= share)
         # What is left of the uniform is one again.
-        points[:, :1] = torch.where(held & ~own, uniforms[:, :1] / share, points[:, :1])
+        points[:, :1] = torch.where(held & ~forced, uniforms[:, :1] / share, points[:, :1])
     chosen = _invert(rest.cumsum(-1), points * total, rest)
     if pinned is not None:
-        chosen[:, :1] = torch.where(own, 0, chosen[:, :1])
+        chosen[:, :1] = torch.where(forced, 0, chosen[:, :1])
     drawn = (live & (rank < draws)).to(torch.int64)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 

@@ -98,17 +98,17 @@ def resample_kernel(
     if pinned is not None:
         first = lane == 0
         held = (tl.load(pinned + group) != 0) & (tl.sum((first & alive).to(tl.int32), axis=0) > 0)
-        surely, hoped = tl.sum(tl.where(first, sure, 0.0), axis=0), tl.sum(tl.where(first, expected, 0.0), axis=0)
-        share = tl.where(hoped > 0, surely / tl.where(hoped > 0, hoped, 1.0), 0.0)
-        own = held & (u0 >= share)
-        points = tl.where(first & held & (u0 < share), u0 / tl.where(share > 0, share, 1.0), points)
+        hoped = tl.sum(tl.where(first, expected, 0.0), axis=0)
+        share = tl.sum(tl.where(first, sure, 0.0), axis=0) / tl.where(hoped > 0, hoped, 1.0)
+        forced = first & held & (u >= share)
+        points = tl.where(first & held & (u < share), u / tl.where(share > 0, share, 1.0), points)
     points = points * tl.sum(parts, axis=0).to(tl.float64)
     chosen = _count_up_to(tl.cumsum(parts, axis=0), points, K, STEPS)
     # A point at the total or beyond goes to the last lane with weight.
     last = tl.max(tl.where(parts > 0, lane, 0), axis=0)
     chosen = tl.minimum(chosen, last)
     if pinned is not None:
-        chosen = tl.where(first & own, 0, chosen)
+        chosen = tl.where(forced, 0, chosen)
     drawn = alive & (rank < draws)
     children = sure.to(tl.int32) + tl.histogram(chosen, K, mask=drawn)
 
