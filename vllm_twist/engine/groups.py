@@ -112,6 +112,12 @@ class Group:
         return self.forked and not any(lane.live for lane in self.lanes.values())
 
     @property
+    def pinned_is_impossible(self) -> bool:
+        """Whether lane 0 is held to a continuation that has probability or weight zero."""
+        lane = self.lanes[self.id]
+        return self.settings.pinned is not None and -math.inf in (lane.log_p, lane.log_w)
+
+    @property
     def num_live(self) -> int:
         """How many lanes the group still needs, those not created yet included."""
         ended = sum(not lane.live for lane in self.lanes.values())

@@ -21,7 +21,8 @@ class LaneSpec:
     """What the worker needs to know of a lane; travels in its sampling parameters.
 
     ``top_k`` and ``top_p`` belong to p0 and are applied here, before the twist, instead of by
-    vLLM's sampler, which would apply them after it.
+    vLLM's sampler, which would apply them after it. ``base_proposal`` draws from p0 instead of the
+    twist-induced proposal; ``pinned`` is the continuation that lane 0 is held to.
     """
 
     lane_id: str
@@ -35,6 +36,8 @@ class LaneSpec:
     top_k: int = 0
     top_p: float = 1.0
     num_logprobs: int | None = None
+    base_proposal: bool = False
+    pinned: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -42,14 +45,15 @@ class TwistStep:
     """What one step did to the lanes in the batch; the scheduler mirrors it.
 
     Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w`` and
-    ``log_p`` hold for the particle each lane carries after the step. ``resampled`` and ``failed``
-    name groups; a failed group has a weight that is NaN or infinite.
+    ``log_p`` hold for the particle each lane carries after the step, ``log_psi`` for its last
+    token. ``resampled`` and ``failed`` name groups; a failed group has a weight that is NaN or infinite.
     """
 
     lane_ids: list[str]
     ancestors: list[int]
     log_w: list[float]
     log_p: list[float]
+    log_psi: list[float]
     resampled: list[str]
     failed: list[str]
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
@@ -111,6 +115,12 @@ class _Layout:
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
+        self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
+        # Lane 0 of a group is its first member, unless it has ended.
+        pinned = [spec.pinned is not None for spec in firsts]
+        self.pinned = tensor(pinned, torch.bool) if any(pinned) else None
+        base = [spec.base_proposal for spec in specs]
+        self.base_proposal = tensor(base, torch.bool)[:, None] if any(base) else None
         self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
 
 
@@ -205,8 +215,9 @@ class LaneTable:
 
             log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
             ancestors, log_w = resample(log_w)           if all live lanes are here, 1 < t < last
-            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor
+            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor; a pinned lane takes its own
 
+        (with the base proposal  s_t ~ softmax(logits[a]), then log_w += log psi_t - log psi_{t-1}).
         With the twist-induced proposal the weight does not depend on the token drawn, so it is
         complete before the draw, and children of one parent draw different tokens.
 
@@ -228,11 +239,16 @@ class LaneTable:
         log_psi = log_psi_of(layout.rows).to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
+        # What the proposal sees of it.
+        log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
         positions = [self.position[spec.lane_id] + 1 for spec in specs]
         self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
-        lse0, lse_psi = reference.twist_softmax(base, log_psi)
-        log_w = layout.log_w + (lse_psi - lse0 - layout.log_psi)
+        lse0, lse_psi = reference.twist_softmax(base, log_psi_q)
+        due = layout.log_psi
+        if layout.base_proposal is not None:
+            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+        log_w = layout.log_w + (lse_psi - lse0 - due)
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
@@ -258,6 +274,7 @@ class LaneTable:
                 torch.ones_like(chosen, dtype=torch.float64),
                 layout.schemes,
                 reference.counter_uniforms(keys, members.shape[1]),
+                layout.pinned,
             )
             live = layout.live
             ancestors = torch.empty_like(layout.slots)
@@ -266,9 +283,18 @@ class LaneTable:
             weights = log_w.tolist()
 
         keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
-        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
+        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi_q, lse0, ancestors, keys)
         if ancestors is None:
             ancestors = layout.identity
+        for i, continuation in layout.held:
+            token[i] = continuation[min(positions[i], len(continuation)) - 1]
+        if layout.held or layout.base_proposal is not None:
+            token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
+        if layout.base_proposal is not None:
+            # q = p0: what the token adds to the weight is known only now (Eq. 10).
+            gain = token_log_psi - layout.log_psi[ancestors]
+            log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
+            weights = log_w.tolist()
         layout.log_w = log_w
         layout.log_p = layout.log_p[ancestors] + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
@@ -285,6 +311,7 @@ class LaneTable:
             ancestors=ancestors.tolist(),
             log_w=weights,
             log_p=layout.log_p.tolist(),
+            log_psi=layout.log_psi.tolist(),
             resampled=[group for group, yes in zip(layout.groups, resampled, strict=True) if yes],
             failed=[
                 group_id

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from typing import Any
 
-from vllm_twist.config import PREFIX, RequestConfig, TwistConfig
+from vllm_twist.config import PREFIX, TwistConfig, engine_options
 from vllm_twist.engine import compat
 
 _MODULE = "vllm_twist.engine"
@@ -27,7 +26,7 @@ def add_cli_args(parser: Any) -> None:
     group.add_argument(
         "--twist-head", type=str, default=argparse.SUPPRESS, help="folder or hub id of a twist head; turns twists on"
     )
-    for option in dataclasses.fields(RequestConfig):
+    for option in engine_options():
         flag = f"--{PREFIX}-{option.name.replace('_', '-')}"
         text = f"{option.metadata['help']} (default: {option.default})"
         if isinstance(option.default, bool):

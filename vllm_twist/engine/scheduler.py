@@ -18,7 +18,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
-from vllm_twist.engine.admission import GROUP_KEY, fit_length, neutral_params
+from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params
 from vllm_twist.engine.groups import Group, Lane
 from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.kernels.reference import SCHEMES
@@ -29,6 +29,10 @@ logger = init_logger(__name__)
 GONE_WRONG = (
     "the twist gave weights that are NaN, infinite or all zero: check the head (`twist_head`) and "
     "`twist_scale`, and that the request's own restrictions leave some token possible."
+)
+IMPOSSIBLE = (
+    "`twist_pinned` holds a continuation that the model and the request's own sampling parameters give "
+    "probability zero, or the twist weight zero: pass one that was drawn with the same parameters."
 )
 
 
@@ -95,11 +99,14 @@ class TwistSchedulerMixin(_Base):
                 num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
                 share_prompt=self.kv_cache_manager.enable_caching,
             )
+            request.max_tokens = group.last_position = length - request.num_prompt_tokens
+            if settings.pinned is not None:
+                vocab_size = self.vllm_config.model_config.get_vocab_size()
+                check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size)
         except ValueError as error:
             # Refused at the frontend already, unless its view of the cache was too rosy.
             self.ready.append(_failure(group, str(error)))
             return
-        request.max_tokens = group.last_position = length - request.num_prompt_tokens
         request.sampling_params = self._lane_params(group, request.sampling_params, 0)
         group.lanes[group.id] = Lane(request)
         self.groups[group.id] = group
@@ -118,6 +125,8 @@ class TwistSchedulerMixin(_Base):
             ess_threshold=group.settings.ess_threshold,
             scheme=SCHEMES.index(group.settings.resampling),
             scale=group.settings.scale,
+            base_proposal=group.settings.proposal == "base",
+            pinned=group.settings.pinned if index == 0 else None,
             top_k=original.top_k if original else params.top_k,
             top_p=original.top_p if original else params.top_p,
             num_logprobs=original.num_logprobs if original else self._num_logprobs(params),
@@ -358,6 +367,8 @@ class TwistSchedulerMixin(_Base):
         for group in touched.values():
             if group.forked and all(lane.log_w == float("-inf") for lane in group.lanes.values()):
                 self._fail(group, GONE_WRONG)
+            elif group.pinned_is_impossible:
+                self._fail(group, IMPOSSIBLE)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
