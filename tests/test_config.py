@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_twist.config import SCHEMES, RequestConfig, TwistConfig, did_you_mean, option_names
+from vllm_twist.config import SCHEMES, RequestConfig, TwistConfig, did_you_mean, engine_options, option_names
 
 KNOWN_KEYS = (
     "the known ones are twist, twist_particles, twist_ess_threshold, twist_resampling, twist_scale, "
