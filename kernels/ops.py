@@ -294,7 +294,8 @@ def advance(
     count, width = groups.members.shape
     types = (torch.int32, torch.float64, torch.int64, torch.int64, torch.bool)
     for name, x, dtype in zip(Groups._fields[1:], groups[1:], types, strict=True):
-        _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
+        if x is not None:
+            _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
     _check("row_of", row_of, (len(lanes.log_w),), (torch.int32,), device, "pass a row per slot, or -1", dense=True)
     _check("lse0", lse0, (None,), (torch.float32,), device, "pass what twist_softmax returned")
     _check("lse_psi", lse_psi, (len(lse0),), (torch.float32,), device, "pass what twist_softmax returned")

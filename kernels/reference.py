@@ -330,7 +330,7 @@ class Groups(NamedTuple):
         thresholds: of the ESS, as a fraction of the live lanes, float64 [G].
         schemes: codes into ``SCHEMES``, int64 [G].
         keys: of ``lane_keys``, for resampling, int64 [G].
-        pinned: whether lane 0 carries a given particle, bool [G] (``resample``).
+        pinned: whether lane 0 carries a given particle, bool [G] (``resample``); None where it never does.
     """
 
     members: Tensor
@@ -338,7 +338,7 @@ class Groups(NamedTuple):
     thresholds: Tensor
     schemes: Tensor
     keys: Tensor
-    pinned: Tensor
+    pinned: Tensor | None = None
 
 
 class Advance(NamedTuple):

@@ -179,10 +179,29 @@ class TwistConfig:
     Attributes:
         head: folder or hub id of a saved ``TwistHead``.
         defaults: what a request gets where it does not say otherwise.
+        potential: where log phi of finished outputs is found (``load_potential``); without one
+            phi is psi of the last token.
+        potential_timeout: seconds that it may take for one group.
     """
 
     head: str
     defaults: RequestConfig = field(default_factory=RequestConfig)
+    potential: str | None = None
+    potential_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.potential is not None and (not isinstance(self.potential, str) or not self.potential):
+            raise ValueError(
+                f"`{PREFIX}_potential` must be a string, got {type(self.potential).__name__}: name the callable as "
+                "module:attribute or path.py:attribute; the engine imports it in a process of its own."
+            )
+        timeout = _number(f"{PREFIX}_potential_timeout", self.potential_timeout)
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(
+                f"`{PREFIX}_potential_timeout` must be a positive number of seconds, got {self.potential_timeout!r}: "
+                "raise it."
+            )
+        object.__setattr__(self, "potential_timeout", timeout)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TwistConfig:
@@ -204,7 +223,8 @@ class TwistConfig:
                 f"`{PREFIX}_head` is missing, got {', '.join(f'{PREFIX}_{k}' for k in given) or 'no option'}: "
                 "pass the folder or hub id of a twist head, or drop the other options."
             )
-        return cls(head=str(head), defaults=RequestConfig(**given))
+        own = {name: given.pop(name) for name in ("potential", "potential_timeout") if name in given}
+        return cls(head=str(head), defaults=RequestConfig(**given), **own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the inverse of ``from_dict``."""
@@ -213,12 +233,13 @@ class TwistConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TwistConfig:
         """Rebuild from ``to_dict``."""
-        return cls(head=values["head"], defaults=RequestConfig(**values["defaults"]))
+        return cls(**{**values, "defaults": RequestConfig(**values["defaults"])})
 
 
 def option_names() -> tuple[str, ...]:
     """Return every ``twist_*`` keyword that an engine takes."""
-    return (f"{PREFIX}_head", *(f"{PREFIX}_{option.name}" for option in engine_options()))
+    requests = (f"{PREFIX}_{option.name}" for option in engine_options())
+    return (f"{PREFIX}_head", *requests, f"{PREFIX}_potential", f"{PREFIX}_potential_timeout")
 
 
 def engine_options() -> list[dataclasses.Field]:
