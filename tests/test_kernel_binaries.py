@@ -111,14 +111,17 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "control: odd addresses", control
 
-    def resample(k: int) -> None:
+    def resample(k: int, pinned: bool = False) -> None:
         on, reals = torch.ones(64, dtype=torch.bool), torch.ones(64)
         wide = torch.empty(64, k)
         schemes = torch.zeros(64, dtype=torch.int64)
-        ops.resample(wide, on[:, None].expand(64, k), on, reals.double(), schemes, wide, backend="triton")
+        ops.resample(
+            wide, on[:, None].expand(64, k), on, reals.double(), schemes, wide, on if pinned else None, backend="triton"
+        )
 
     for k in (16, 64, 256, 1024):
         yield f"{k} lanes", lambda k=k: resample(k)
+        yield f"{k} lanes, one pinned", lambda k=k: resample(k, pinned=True)
 
     def fork(width: int, dtype: torch.dtype) -> None:
         lanes = torch.arange(64)

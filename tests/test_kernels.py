@@ -463,6 +463,19 @@ def test_resample_equals_the_reference(k: int, launches: Launches) -> None:
     assert not resampled.all() and (k < 3 or resampled.any())
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 33, 100])
+def test_resample_around_a_pinned_lane(k: int) -> None:
+    """Multinomial and residual groups, pinned or not, lane 0 live or not, weightless or not."""
+    log_w, live, allowed, thresholds, schemes, uniforms = groups(32, k, seed=k)
+    schemes = 2 + schemes % 2
+    pinned = torch.rand(32, generator=generator(5)) < 0.7
+    ancestors, *_ = resample_both(log_w, live, allowed, thresholds, schemes, uniforms, pinned)
+    assert (ancestors[pinned, 0] == 0).all()
+    others = reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)[0]
+    assert k == 1 or (ancestors != others).any()
+    assert torch.equal(ancestors[~pinned], others[~pinned])
+
+
 def test_resample_types_and_strides() -> None:
     """float64 weights keep their type and precision; rows may be slices, and one row may serve all groups."""
     log_w, live, allowed, thresholds, schemes, uniforms = groups(16, 24, seed=1)
@@ -794,6 +807,7 @@ def fork_call(**changes: Any) -> None:
         (resample_call, {"allowed": torch.ones(3).bool()}, r"`allowed` must be bool \[4\] .*: pass one flag"),
         (resample_call, {"thresholds": torch.ones(4).int()}, "`thresholds` must be float32 or float64 .* got int32"),
         (resample_call, {"schemes": torch.ones(4)}, r"`schemes` must be int64 \[4\] .*: pass one code"),
+        (resample_call, {"pinned": torch.ones(3).bool()}, r"`pinned` must be bool \[4\] .*: pass one flag per group"),
         (resample_call, {"uniforms": torch.ones(4, 2)}, r"`uniforms` must be .* \[4, 3\] .*: pass counter_uniforms"),
         (fork_call, {"tables": [torch.zeros(9, 80)]}, r"`tables\[0\]` must be int32 \[any, any\] .* got float32"),
         (
