@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_twist.engine.admission import read_config
+from vllm_twist.engine.admission import check_head, read_config
 from vllm_twist.engine.fork_v1 import fork
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
 from vllm_twist.twist import TiedHead, TwistHead
@@ -52,7 +52,7 @@ class Readout:
     def log_psi(self, rows: Tensor) -> Tensor:
         """Return log psi [L, V] for rows [L] of the last forward pass."""
         if self.tied is not None:
-            return self.tied[rows]
+            return self.head.activate(self.tied[rows])
         assert self.hidden is not None, "log_psi before a forward pass"
         return self.head(self.hidden[rows])
 
@@ -78,7 +78,7 @@ class TwistWorkerMixin(_Base):
     def _read_head(self, head: str) -> TwistHead:
         model_config = self.vllm_config.model_config
         loaded = TwistHead.from_pretrained(head, dtype=model_config.dtype)  # type: ignore[arg-type]
-        loaded.check_fits(model_config.get_hidden_size(), model_config.get_vocab_size())
+        check_head(loaded.config, model_config)
         return loaded.requires_grad_(False).to(self.device)
 
     def load_twist_head(self, head: str) -> None:
