@@ -89,6 +89,24 @@ class TwistWorkerMixin(_Base):
         """
         self.readout.head = self._read_head(head)
 
+    @torch.inference_mode()
+    def set_twist_head_weights(self, weights: bytes) -> None:
+        """Replace the weights of the running engine's head by others of the same config, in place.
+
+        ``weights`` is what ``safetensors.torch.save`` makes of its state dict: bytes pass vLLM's
+        serialisation as they are. For the KV cache see ``load_twist_head``.
+        """
+        from safetensors.torch import load
+
+        state = load(weights)
+        for name, tensor in state.items():
+            if not tensor.to(self.vllm_config.model_config.dtype).isfinite().all():
+                raise ValueError(
+                    f"`weights` must be finite in {self.vllm_config.model_config.dtype}, {name} is not: lower the "
+                    "learning rate, or use a dtype of wider range."
+                )
+        self.readout.head.load_state_dict(state)
+
     def execute_model(self, scheduler_output: Any) -> Any:
         self.twist.table.release(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
