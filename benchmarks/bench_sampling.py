@@ -2,12 +2,14 @@
 
     python -m benchmarks.bench_sampling [--counts 16 64] [--max-tokens 64] [--csv benchmarks/results/sampling.csv]
 
-Three sides draw the same number of sequences of the same length for one prompt, from the model (plain) and from the
+The sides draw the same number of sequences of the same length for one prompt, from the model (plain) and from the
 twist-induced proposal (twisted), in turns:
 
     engine       what a training step asks of it: one request whose particles all come back, or n completions
     generate     transformers.generate with its KV cache, the twist in a logits processor
-    re-forward   a loop that passes the whole prefix through the model for every token, and keeps nothing
+    re-forward   a loop that passes the prefix through the model anew for every token, and keeps nothing
+    full length  the same with arrays that have their final length from the start, as the paper's code has, so that
+                 every token costs a pass over the whole; head and LM head are read at one position only, not at all
 
 No sequence ends early. Before anything is timed, each transformers side is made to walk through the sequences that
 the engine drew, and has to give them the probabilities that the engine reports: all sides do the same work.
@@ -148,20 +150,25 @@ class Guide(LogitsProcessor):
 
 
 class Reforward(Transformers):
-    """The whole prefix through the model for every token, as research code without a cache does."""
+    """The prefix through the model for every token; with ``whole``, what is yet to come as well, as padding."""
 
-    name = "re-forward"
+    def __init__(self, model: Any, head: TwistHead, prompt: list[int], whole: bool) -> None:
+        super().__init__(model, head, prompt)
+        self.whole = whole
+        self.name = "full length" if whole else "re-forward"
 
     @torch.inference_mode()
     def _walk(self, count: int, length: int, twisted: bool, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        sequences = self.prompt.expand(count, -1)
-        for step in range(length):
-            hidden = self.model.base_model(input_ids=sequences, use_cache=False).last_hidden_state[:, -1]
+        start = self.prompt.shape[1]
+        sequences = torch.cat([self.prompt.expand(count, -1), self.prompt.new_zeros(count, length)], 1)
+        for step, end in enumerate(range(start, start + length)):
+            inputs = sequences if self.whole else sequences[:, :end]
+            hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, end - 1]
             logits = self.model.get_output_embeddings()(hidden).float()
             if twisted:
                 logits = logits + self.log_psi(hidden)
-            sequences = torch.cat([sequences, choose(step, logits)], 1)
-        return sequences[:, self.prompt.shape[1] :]
+            sequences[:, end] = choose(step, logits)[:, 0]
+        return sequences[:, start:]
 
     def draw(self, count: int, length: int, twisted: bool) -> Tensor:
         return self._walk(count, length, twisted, lambda _, logits: torch.multinomial(logits.softmax(-1), 1))
@@ -231,7 +238,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="I bought this")
     parser.add_argument("--counts", type=int, nargs="+", default=[16, 64], help="sequences in a batch")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=[str(dtype).split(".")[1] for dtype in TOLERANCE])
     parser.add_argument("--eager", action="store_true", help="do not compile the engine's model")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2**30)
@@ -245,13 +252,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None  # as ignore_eos: no sequence ends early
     head = TwistHead.from_pretrained(args.twist_head, dtype=dtype).to(device).requires_grad_(False)
-    others = [Generate(model, head, prompt), Reforward(model, head, prompt)]
+    others = [Generate(model, head, prompt), *(Reforward(model, head, prompt, whole) for whole in (False, True))]
     sides = [engine, *others]
 
     machine, software = hardware(), versions("transformers")
     command = "python -m benchmarks.bench_sampling" + (" --eager" if args.eager else "")
     print(f"{machine} · {software} · {args.model} · {args.dtype} · T={args.max_tokens} · {args.repeats} repeats")
-    print(f"{'N':>4}  {'side':<10}  {'plain, tok/s':>22}  {'twisted, tok/s':>22}  engine over it, plain  twisted")
+    print(f"{'N':>4}  {'side':<11}  {'plain, tok/s':>22}  {'twisted, tok/s':>22}  engine over it, plain  twisted")
     for count in args.counts:
         differences = check(engine, others, count, args.max_tokens)
         rates = measure(sides, count, args.max_tokens, args.repeats)
@@ -260,7 +267,7 @@ def main() -> None:
             pairs = [zip(rates["engine", twisted], rates[side.name, twisted], strict=True) for twisted in (0, 1)]
             ratios = [statistics.median(ours / theirs for ours, theirs in pair) for pair in pairs]
             cells = "  ".join(f"{spread(rates[side.name, twisted]):>22}" for twisted in (False, True))
-            print(f"{count:>4}  {side.name:<10}  {cells}  {ratios[0]:>21.2f}  {ratios[1]:>7.2f}")
+            print(f"{count:>4}  {side.name:<11}  {cells}  {ratios[0]:>21.2f}  {ratios[1]:>7.2f}")
             if args.csv:
                 row = {
                     "date": datetime.date.today().isoformat(),
