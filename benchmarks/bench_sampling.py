@@ -8,8 +8,8 @@ twist-induced proposal (twisted), in turns:
     engine       what a training step asks of it: one request whose particles all come back, or n completions
     generate     transformers.generate with its KV cache, the twist in a logits processor
     re-forward   a loop that passes the prefix through the model anew for every token, and keeps nothing
-    full length  the same with arrays that have their final length from the start, as the paper's code has, so that
-                 every token costs a pass over the whole; head and LM head are read at one position only, not at all
+    full length  the same with arrays that have their final length from the start, as in the paper's code, where every
+                 token costs a pass over the whole and logits and log psi of every position, of which one is read
 
 No sequence ends early. Before anything is timed, each transformers side is made to walk through the sequences that
 the engine drew, and has to give them the probabilities that the engine reports: all sides do the same work.
@@ -151,7 +151,7 @@ class Guide(LogitsProcessor):
 
 
 class Reforward(Transformers):
-    """The prefix through the model for every token; with ``whole``, what is yet to come as well, as padding."""
+    """The prefix through the model for every token; with ``whole``, what is yet to come as well, and all read out."""
 
     def __init__(self, model: Any, head: TwistHead, prompt: list[int], whole: bool) -> None:
         super().__init__(model, head, prompt)
@@ -164,11 +164,13 @@ class Reforward(Transformers):
         sequences = torch.cat([self.prompt.expand(count, -1), self.prompt.new_zeros(count, length)], 1)
         for step, end in enumerate(range(start, start + length)):
             inputs = sequences if self.whole else sequences[:, :end]
-            hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, end - 1]
+            hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+            if not self.whole:
+                hidden = hidden[:, -1:]
             logits = self.model.get_output_embeddings()(hidden).float()
             if twisted:
-                logits = logits + self.log_psi(hidden)
-            sequences[:, end] = choose(step, logits)[:, 0]
+                logits = logits + self.log_psi(hidden.flatten(0, 1)).view_as(logits)
+            sequences[:, end] = choose(step, logits[:, end - 1 if self.whole else -1])[:, 0]
         return sequences[:, start:]
 
     def draw(self, count: int, length: int, twisted: bool) -> Tensor:
