@@ -70,19 +70,21 @@ def fit_length(
     )
 
 
-def neutral_params(params: Any, extra_args: dict[str, Any]) -> Any:
-    """Return parameters for a lane: whatever p0's processors need, and nothing that samples.
+def neutral_params(params: Any, extra_args: dict[str, Any], truncated: bool) -> Any:
+    """Return parameters for a lane: whatever p0 needs, and nothing that draws.
 
-    Top-k and top-p are applied before the twist, the token is drawn with the group's own noise,
-    and logprobs follow the particle's lineage, so the engine's sampler must do none of these.
+    The token is drawn with the group's own noise, and logprobs follow the particle's lineage, so the
+    engine's sampler must do neither. Top-k and top-p belong to p0; ``truncated`` says that the sampler
+    applies them before the twist, else they are the lane's own business.
     """
     lane = copy.copy(params)
     # Cached by vLLM; it depends on the seed.
     getattr(lane, "__dict__", {}).pop("sampling_type", None)
     lane.n = 1
     lane.seed = None
-    lane.top_k = 0
-    lane.top_p = 1.0
+    if not truncated:
+        lane.top_k = 0
+        lane.top_p = 1.0
     lane.logprobs = None
     lane.extra_args = extra_args
     return lane

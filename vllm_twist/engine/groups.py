@@ -54,6 +54,7 @@ class Lane:
         request: the engine's ``Request``; its tokens are the particle's.
         log_w: log weight after the last token (nats).
         log_p: sum of log p0 over the particle's tokens.
+        log_psi: log psi of its last token.
         logprobs: per token (token ids, logprobs, rank) where the request asked for logprobs.
         finish_reason, stop_reason: as vLLM reports them, once the particle has ended.
     """
@@ -61,6 +62,7 @@ class Lane:
     request: Any
     log_w: float = 0.0
     log_p: float = 0.0
+    log_psi: float = 0.0
     logprobs: list[tuple[list[int], list[float], int]] = field(default_factory=list)
     finish_reason: Any = None
     stop_reason: int | str | None = None
@@ -83,6 +85,7 @@ class Group:
         lanes: lane id -> lane; the leader alone until the prompt is computed.
         reserve: KV blocks set aside for the other lanes' copies of the partial prompt block.
         parked: preempted or not yet admitted; none of its lanes is in the engine's queues.
+        entering: some of its lanes are yet to be sent to the worker.
     """
 
     leader: Any
@@ -92,6 +95,7 @@ class Group:
     lanes: dict[str, Lane] = field(default_factory=dict)
     reserve: list[Any] = field(default_factory=list)
     parked: bool = True
+    entering: bool = True
     num_resamplings: int = 0
     #: Fields of the leader's own outputs that belong into the group's one output.
     prefill_stats: Any = None

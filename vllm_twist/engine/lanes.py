@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -20,8 +19,12 @@ LANE_KEY = "twist_lane"
 class LaneSpec:
     """What the worker needs to know of a lane; travels in its sampling parameters.
 
-    ``top_k`` and ``top_p`` belong to p0 and are applied here, before the twist, instead of by
-    vLLM's sampler, which would apply them after it.
+    Under Model Runner V1 ``top_k`` and ``top_p``, which belong to p0, are applied here, before the
+    twist, instead of by vLLM's sampler, which would apply them after it. Under V2 that sampler
+    applies them first, and the temperature is divided out here where it can be (``inverse_temperature``).
+
+    ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
+    ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
     """
 
     lane_id: str
@@ -35,23 +38,29 @@ class LaneSpec:
     top_k: int = 0
     top_p: float = 1.0
     num_logprobs: int | None = None
+    inverse_temperature: float = 1.0
+    group_size: int = 0
+    log_w: float = 0.0
+    log_p: float = 0.0
+    log_psi: float = 0.0
+    position: int = 0
 
 
 @dataclass
 class TwistStep:
     """What one step did to the lanes in the batch; the scheduler mirrors it.
 
-    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w`` and
-    ``log_p`` hold for the particle each lane carries after the step. ``resampled`` and ``failed``
-    name groups; a failed group has a weight that is NaN or infinite.
+    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w``, ``log_p`` and
+    ``log_psi`` hold for the particle each lane carries after the step; ``resampled`` says of each
+    lane whether its group did.
     """
 
     lane_ids: list[str]
     ancestors: list[int]
     log_w: list[float]
     log_p: list[float]
-    resampled: list[str]
-    failed: list[str]
+    log_psi: list[float]
+    resampled: list[bool]
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
 
     def forks(self) -> list[tuple[str, str]]:
@@ -66,6 +75,20 @@ class TwistStep:
 def _is_low(ess: float, threshold: float, live: int) -> bool:
     """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
     return live >= 2 and ess == ess and (threshold >= 1 or ess < threshold * live)
+
+
+def lineage_logprobs(log_p: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (token ids, log p0, rank) of the drawn token and the ``most`` likely ones, drawn first.
+
+    Args:
+        log_p: log p0 of the ancestors' rows [N, V].
+        token: drawn from them, [N].
+    """
+    drawn = token[:, None]
+    drawn_log_p = log_p.gather(1, drawn)
+    top = log_p.topk(min(most, log_p.shape[-1]), dim=-1)
+    ids, values = torch.cat([drawn, top.indices], dim=1), torch.cat([drawn_log_p, top.values], dim=1)
+    return ids, values, (log_p >= drawn_log_p).sum(-1)
 
 
 class _Layout:
@@ -102,10 +125,15 @@ class _Layout:
             members.setdefault(specs[position].group_id, []).append(position)
         self.groups = members
         self.last = [specs[group[0]].last_position for group in members.values()]
-        width = max(map(len, members.values()))
-        # Slots that a group does not use point at its first lane and are never live.
-        self.members = tensor([group + group[:1] * (width - len(group)) for group in members.values()])
-        self.live = tensor([[i < len(group) for i in range(width)] for group in members.values()], torch.bool)
+        width = 1 + max(spec.index for spec in specs)
+        # Each lane at its own index, whoever else is there; places without one point at the first and are never live.
+        seats = [[group[0]] * width for group in members.values()]
+        live = [[False] * width for _ in members]
+        for seat, taken, group in zip(seats, live, members.values(), strict=True):
+            for position in group:
+                index = specs[position].index
+                seat[index], taken[index] = position, True
+        self.members, self.live = tensor(seats), tensor(live, torch.bool)
         firsts = [specs[group[0]] for group in members.values()]
         self.thresholds = [spec.ess_threshold for spec in firsts]
         self.schemes = tensor([spec.scheme for spec in firsts])
@@ -130,7 +158,7 @@ class LaneTable:
         self.group_sizes: dict[str, int] = {}
         self._free: list[int] = []
         self._groups: dict[str, str] = {}
-        self.log_w = torch.zeros(0, device=device)
+        self.log_w = torch.zeros(0, device=device, dtype=torch.float64)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
         #: Index of the last token drawn, from 1, by lane id.
@@ -198,9 +226,7 @@ class LaneTable:
             self._layout = None
 
     @torch.inference_mode()
-    def step(
-        self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi_of: Callable[[Tensor], Tensor]
-    ) -> TwistStep:
+    def step(self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi: Tensor) -> TwistStep:
         """Weigh, resample, then sample one token for every lane in the batch.
 
             log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
@@ -215,7 +241,7 @@ class LaneTable:
                 lanes are overwritten so that the engine's sampler can only pick the drawn token.
             rows: row of each lane, [L].
             specs: the lanes' settings, aligned with ``rows``.
-            log_psi_of: rows [L] -> log psi_t(prefix, .) [L, V].
+            log_psi: log psi_t(prefix, .) of every next token, [L, V].
 
         Returns:
             what the scheduler has to mirror.
@@ -225,7 +251,7 @@ class LaneTable:
         # Rows are sorted: if there are no others, they are the whole batch.
         base = logits if len(rows) == len(logits) else logits[layout.rows]
         base = self.truncate(base, layout.top_k, layout.top_p)
-        log_psi = log_psi_of(layout.rows).to(torch.float32)
+        log_psi = log_psi.to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
 
@@ -274,6 +300,10 @@ class LaneTable:
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
         layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
 
+        flags = [False] * len(specs)
+        for group, fired in zip(layout.groups.values(), resampled, strict=True):
+            for i in group:
+                flags[i] = fired
         logprobs = self._logprobs(specs, base, lse0, ancestors, token)
         if len(rows) == len(logits):
             logits.fill_(float("-inf")).scatter_(1, token[:, None], 0.0)
@@ -285,12 +315,8 @@ class LaneTable:
             ancestors=ancestors.tolist(),
             log_w=weights,
             log_p=layout.log_p.tolist(),
-            resampled=[group for group, yes in zip(layout.groups, resampled, strict=True) if yes],
-            failed=[
-                group_id
-                for group_id, group in layout.groups.items()
-                if any(weights[i] != weights[i] or weights[i] == math.inf for i in group)
-            ],
+            log_psi=layout.log_psi.tolist(),
+            resampled=flags,
             logprobs=logprobs,
         )
 
@@ -303,12 +329,7 @@ class LaneTable:
             return {}
         index = torch.tensor(list(wanted), device=self.device)
         log_p = base[ancestors[index]] - lse0[ancestors[index], None]
-        drawn = token[index, None]
-        drawn_log_p = log_p.gather(1, drawn)
-        top = log_p.topk(min(max(wanted.values()), log_p.shape[-1]), dim=-1)
-        ids = torch.cat([drawn, top.indices], dim=1).tolist()
-        values = torch.cat([drawn_log_p, top.values], dim=1).tolist()
-        ranks = (log_p >= drawn_log_p).sum(-1).tolist()
+        ids, values, ranks = (x.tolist() for x in lineage_logprobs(log_p, token[index], max(wanted.values())))
         return {
             specs[i].lane_id: (ids[j][: count + 1], values[j][: count + 1], ranks[j])
             for j, (i, count) in enumerate(wanted.items())

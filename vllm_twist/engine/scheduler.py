@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
@@ -100,29 +103,44 @@ class TwistSchedulerMixin(_Base):
             self.ready.append(_failure(group, str(error)))
             return
         request.max_tokens = group.last_position = length - request.num_prompt_tokens
-        request.sampling_params = self._lane_params(group, request.sampling_params, 0)
+        request.sampling_params = self._leader_params(group, request.sampling_params)
         group.lanes[group.id] = Lane(request)
         self.groups[group.id] = group
         self.requests[group.id] = request
         self.staged.add_request(request)
 
-    def _lane_params(self, group: Group, params: Any, index: int) -> Any:
-        """Return sampling parameters for a lane: p0's truncation moves into the lane's spec."""
-        original = params.extra_args[LANE_KEY] if LANE_KEY in params.extra_args else None
+    def _leader_params(self, group: Group, params: Any) -> Any:
+        """Return the leader's sampling parameters: what draws its tokens moves into its spec.
+
+        Under Model Runner V2 vLLM's sampler truncates p0, and divides by the temperature only where
+        something after it needs that; where nothing does, the step does it in passing.
+        """
+        v2 = self.use_v2_model_runner
+        whole = params.min_p == 0 and params.top_k <= 0 and params.top_p >= 1
         spec = LaneSpec(
-            lane_id=group.lane_id(index),
+            lane_id=group.id,
             group_id=group.id,
-            index=index,
+            index=0,
             seed=group.seed,
             last_position=group.last_position,
             ess_threshold=group.settings.ess_threshold,
             scheme=SCHEMES.index(group.settings.resampling),
             scale=group.settings.scale,
-            top_k=original.top_k if original else params.top_k,
-            top_p=original.top_p if original else params.top_p,
-            num_logprobs=original.num_logprobs if original else self._num_logprobs(params),
+            top_k=0 if v2 else params.top_k,
+            top_p=1.0 if v2 else params.top_p,
+            num_logprobs=self._num_logprobs(params),
+            inverse_temperature=1 / params.temperature if v2 and whole else 1.0,
         )
-        return neutral_params(params, {LANE_KEY: spec})
+        neutral = neutral_params(params, {LANE_KEY: spec}, truncated=v2)
+        if v2 and whole:
+            neutral.temperature = 1.0
+        return neutral
+
+    def _lane_params(self, group: Group, index: int) -> Any:
+        """Return the leader's sampling parameters for another of its lanes."""
+        leader = group.leader.sampling_params
+        spec = dataclasses.replace(leader.extra_args[LANE_KEY], lane_id=group.lane_id(index), index=index)
+        return neutral_params(leader, {LANE_KEY: spec}, truncated=self.use_v2_model_runner)
 
     def _num_logprobs(self, params: Any) -> int | None:
         if params.logprobs == -1:
@@ -137,13 +155,14 @@ class TwistSchedulerMixin(_Base):
         if self.groups:
             self._make_room()
             self._hold_lanes_ahead()
+            self._brief_lanes()
         return super().schedule(throttle_prefills)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        step: TwistStep | None = getattr(model_runner_output, "twist", None)
-        if step is not None:
+        step = model_runner_output.aux_output_connector_output
+        if isinstance(step, TwistStep):
             self._mirror(step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.groups or self.ready:
@@ -188,6 +207,7 @@ class TwistSchedulerMixin(_Base):
 
     def _enter(self, group: Group) -> None:
         group.parked = False
+        group.entering = True
         if not group.forked:
             # The copies of the partial prompt block are set aside now, so that forking cannot fail.
             partial = (group.leader.num_prompt_tokens - 1) % self.block_tables.block_size
@@ -210,7 +230,7 @@ class TwistSchedulerMixin(_Base):
         to_compute: set[Any] = set()
         for lane in group.live_lanes():
             request = lane.request
-            blocks = -(-(request.num_tokens + 1) // block_size)
+            blocks = -(-(_length(request) + 1) // block_size)
             held = self._held(request.request_id)
             if held == 0 and self.kv_cache_manager.enable_caching:
                 # A preempted lane: prefixes that it shares with others will be shared again.
@@ -312,52 +332,79 @@ class TwistSchedulerMixin(_Base):
     # ---- lockstep -------------------------------------------------------------------------
 
     def _hold_lanes_ahead(self) -> None:
-        """Keep lanes that are a token ahead of their group out of the next batch."""
+        """Keep lanes that are a token ahead of their group out of the next batch; so is a leader before its fork."""
         for group in self._active_groups():
-            lengths = [lane.request.num_tokens for lane in group.live_lanes()]
-            slowest = min(lengths)
+            lengths = [_length(lane.request) for lane in group.live_lanes()]
+            slowest = min(lengths) if group.forked else group.leader.num_prompt_tokens
             if max(lengths) == slowest:
                 continue
             for lane in group.live_lanes():
-                if lane.request.num_tokens > slowest:
+                if _length(lane.request) > slowest:
                     lane.request.next_decode_eligible_step = self.current_step + 2
+
+    def _brief_lanes(self) -> None:
+        """Tell lanes that are about to be sent to the worker how many they are, and their state."""
+        for group in self._active_groups():
+            if not group.entering:
+                continue
+            waiting = [lane for lane in group.live_lanes() if lane.request.status != RequestStatus.RUNNING]
+            group.entering = bool(waiting) or not group.forked
+            for lane in waiting:
+                extra = lane.request.sampling_params.extra_args
+                extra[LANE_KEY] = dataclasses.replace(
+                    extra[LANE_KEY],
+                    group_size=group.num_live,
+                    log_w=lane.log_w,
+                    log_p=lane.log_p,
+                    log_psi=lane.log_psi,
+                    position=lane.request.num_output_tokens,
+                )
 
     # ---- mirroring the worker -------------------------------------------------------------
 
     def _mirror(self, step: TwistStep) -> None:
-        """Apply what the worker did to the lanes before the base scheduler appends the tokens."""
-        for group_id in step.failed:
-            if group_id in self.groups:
-                self._fail(self.groups[group_id], GONE_WRONG)
-        # Read before the forks: a parent's history may be copied more than once.
-        history = {
-            parent: list(group.lanes[parent].logprobs)
-            for _, parent in step.forks()
-            if (group := self.group_of.get(parent)) is not None
+        """Apply what the worker did to the lanes before the base scheduler appends the tokens.
+
+        Under asynchronous scheduling that was one step ago. Lanes that have gone since are skipped, and
+        so are those that were preempted, even if they are back: they do that step again.
+        """
+        touched = {
+            lane_id: group
+            for lane_id in step.lane_ids
+            if (group := self.group_of.get(lane_id)) is not None
+            and not group.lanes[lane_id].request.num_stale_output_tokens
         }
-        for child, parent in step.forks():
-            group = self.group_of.get(child)
-            if group is not None:
-                self._fork(group.lanes[child].request, group.lanes[parent].request)
-                group.lanes[child].logprobs = list(history[parent])
-        for lane_id, log_w, log_p in zip(step.lane_ids, step.log_w, step.log_p, strict=True):
-            group = self.group_of.get(lane_id)
+        # Read before the forks: a parent's history may be copied more than once.
+        forks = [(child, parent) for child, parent in step.forks() if child in touched]
+        history = {parent: list(touched[parent].lanes[parent].logprobs) for _, parent in forks}
+        for child, parent in forks:
+            lanes = touched[child].lanes
+            self._fork(lanes[child].request, lanes[parent].request)
+            lanes[child].logprobs = list(history[parent])
+        resampled: dict[str, Group] = {}
+        wrong: dict[str, Group] = {}
+        for i, lane_id in enumerate(step.lane_ids):
+            group = touched.get(lane_id)
             if group is None:
                 continue
             lane = group.lanes[lane_id]
-            lane.log_w, lane.log_p = log_w, log_p
+            lane.log_w, lane.log_p, lane.log_psi = step.log_w[i], step.log_p[i], step.log_psi[i]
             if lane_id in step.logprobs:
                 lane.logprobs.append(step.logprobs[lane_id])
+            if step.resampled[i]:
+                resampled[group.id] = group
+            if math.isnan(lane.log_w) or lane.log_w == math.inf:
+                wrong[group.id] = group
+        for group in resampled.values():
+            group.num_resamplings += 1
+        for group in {group.id: group for group in touched.values()}.values():
             if not group.forked:
                 self._create_lanes(group)
-        for group_id in step.resampled:
-            if group_id in self.groups:
-                self.groups[group_id].num_resamplings += 1
-        # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
-        touched = {group.id: group for lane_id in step.lane_ids if (group := self.group_of.get(lane_id)) is not None}
-        for group in touched.values():
-            if group.forked and all(lane.log_w == float("-inf") for lane in group.lanes.values()):
-                self._fail(group, GONE_WRONG)
+            # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
+            elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
+                wrong[group.id] = group
+        for group in wrong.values():
+            self._fail(group, GONE_WRONG)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
@@ -365,7 +412,11 @@ class TwistSchedulerMixin(_Base):
         child._all_token_ids[:] = parent._all_token_ids
         child.block_hashes[:] = parent.block_hashes
         tables = self.block_tables
-        full = parent.num_computed_tokens // tables.block_size
+        # All of its known tokens are in the KV cache now, whatever has been scheduled since. The parent enters
+        # the blocks that they fill into the prefix cache, if it has not yet: a block can only be entered once.
+        computed = parent.num_tokens
+        self.kv_cache_manager.cache_blocks(parent, computed)
+        full = computed // tables.block_size
         parent_blocks = tables.req_to_blocks[parent.request_id]
         child_blocks = tables.req_to_blocks[child.request_id]
         first = 0
@@ -394,7 +445,7 @@ class TwistSchedulerMixin(_Base):
             request = Request(
                 request_id=lane_id,
                 prompt_token_ids=leader.prompt_token_ids,
-                sampling_params=self._lane_params(group, leader.sampling_params, index),
+                sampling_params=self._lane_params(group, index),
                 pooling_params=None,
                 client_index=leader.client_index,
                 arrival_time=leader.arrival_time,
@@ -420,6 +471,7 @@ class TwistSchedulerMixin(_Base):
                 if leader.request_id in tables.num_cached_block:
                     tables.num_cached_block[lane_id] = min(full, tables.num_cached_block[leader.request_id])
             group.lanes[lane_id] = Lane(request)
+            group.entering = True
             self.group_of[lane_id] = group
             self.requests[lane_id] = request
             self._enqueue_waiting_request(request)
@@ -538,6 +590,11 @@ class TwistSchedulerMixin(_Base):
         return bool(self.ready) or super().has_finished_requests()
 
 
+def _length(request: Request) -> int:
+    """Return how many tokens a request has, those included that the worker is still drawing."""
+    return request.num_tokens + request.num_output_placeholders
+
+
 def _failure(group: Group, message: str) -> tuple[int, EngineCoreOutput]:
     """Return the output that ends a group with an error, and the client it goes to."""
     return group.leader.client_index, EngineCoreOutput(
@@ -562,3 +619,7 @@ def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsL
 
 class TwistScheduler(TwistSchedulerMixin, Scheduler):
     """Particle groups over the synchronous scheduler."""
+
+
+class TwistAsyncScheduler(TwistSchedulerMixin, AsyncScheduler):
+    """Particle groups over the asynchronous scheduler, which schedules a step before it knows the last one's tokens."""
