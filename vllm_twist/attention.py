@@ -22,22 +22,37 @@ def prepare(name: str) -> None:
     """Make an implementation known to transformers.
 
     Raises:
-        ValueError: it cannot run here; the message says what is missing.
+        ValueError: its package is not installed; the message says which.
     """
-    if name == "flash_attention_2":
-        _need(name, "flash_attn", "pip install flash-attn")
+    remedies = {"flash_attention_2": ("flash_attn", "flash-attn"), "xformers": ("xformers", "'vllm-twist[xformers]'")}
+    if name in remedies:
+        package, install = remedies[name]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"`attention` {name} needs the package {package}, which is not installed: pip install {install}, or "
+                "use sdpa."
+            )
     if name == "xformers":
-        _need(name, "xformers", "pip install 'vllm-twist[xformers]'")
         register_xformers()
 
 
-def _need(name: str, package: str, remedy: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def check(name: str, model: Any) -> None:
+    """Run an implementation that takes packed sequences once on the model's device, in its dtype.
+
+    Raises:
+        ValueError: it cannot run there.
+    """
+    if name not in PACKED:
+        return
+    try:
+        with torch.no_grad():
+            packed_states(model, [0], [[0, 0], [0]], 8)
+    except (NotImplementedError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"`attention` {name} needs the package {package}, which is not installed: {remedy}, or use sdpa."
-        )
-    if not torch.cuda.is_available():
-        raise ValueError(f"`attention` {name} needs an NVIDIA GPU, got none: use sdpa.")
+            f"`attention` {name} cannot run on {model.device.type} in {model.dtype} ({reason}): use sdpa, or a GPU and "
+            "dtype that it supports."
+        ) from error
 
 
 def register_xformers() -> None:

@@ -13,24 +13,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from vllm_twist import attention
-from vllm_twist.config import _flag, _integer, _number, _option, did_you_mean
 from vllm_twist.objectives import (
-    OBJECTIVES,
     Positives,
     ctl_loss,
     ctl_positives_loss,
@@ -44,6 +40,7 @@ from vllm_twist.objectives import (
     sixo_loss,
 )
 from vllm_twist.potentials import Continuation, LogPhi, Potential, load_potential
+from vllm_twist.processes import Processes
 from vllm_twist.resampling import ess, log_mean_exp
 from vllm_twist.sampling import (
     DrawRequest,
@@ -57,119 +54,16 @@ from vllm_twist.sampling import (
     logits_of,
     prefill,
 )
+from vllm_twist.training_config import TrainingConfig
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 STATE_NAME = "training_state.pt"
-SAMPLERS = ("auto", "vllm", "transformers")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-POSITIVES = ("approximate", "exact", "smc")
-
 #: Values over the vocabulary that are held at a time; what lies beyond is computed anew for the gradient.
 MAX_VALUES = 2**26
 #: Tokens in one forward pass of the model.
 MAX_TOKENS = 2**16
 #: Draws from p0, in batches of ``particles``, after which a search for exact samples is given up.
 MAX_ROUNDS = 100
-
-
-# -- Configuration -----------------------------------------------------------------------------
-def _one_of(known: Sequence[str]) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in known:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, list(known))}: "
-                "pass one of these."
-            )
-        return value
-
-    return check
-
-
-def _at_least(low: int) -> Callable[[str, Any], int]:
-    return lambda name, value: _integer(name, value, low)
-
-
-def _positive(name: str, value: Any) -> float:
-    parsed = _number(name, value)
-    if not (math.isfinite(parsed) and parsed > 0):
-        raise ValueError(f"`{name}` must be a positive number, got {value!r}: 1e-3 is the default.")
-    return parsed
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a twist head is learned. Each field is a flag of ``vllm-twist train``; every value is checked.
-
-    Raises:
-        ValueError: a value out of range, or values that do not go together.
-    """
-
-    objective: str = _option(_one_of(tuple(OBJECTIVES)), f"loss: {', '.join(OBJECTIVES)}", default="ctl")
-    positives: str = _option(
-        _one_of(POSITIVES),
-        "what stands for the target in ctl, sixo and dpg. approximate: draws from the twisted proposal, weighted (in "
-        "ctl the negatives' own batch); exact: samples of p0 accepted with probability phi, which must not exceed 1; "
-        "smc: the particles of twisted SMC",
-        default="approximate",
-    )
-    proposal_only: bool = _option(
-        _flag, "accept an objective whose result proposes tokens but cannot weigh particles (dpg)", default=False
-    )
-    head: str = _option(_one_of(tuple(TwistHead.kinds)), f"kind of head: {', '.join(TwistHead.kinds)}", default="mlp")
-    rank: int = _option(_at_least(1), "rank of a low_rank or tied head", default=64)
-    max_tokens: int = _option(_at_least(1), "length at which outputs are cut", default=16)
-    particles: int = _option(_at_least(2), "sequences drawn per prompt and update", default=64)
-    prompts_per_update: int = _option(
-        _at_least(1), "prompts per update and process, each a target with a normaliser of its own", default=1
-    )
-    updates: int = _option(_at_least(1), "number of updates in all", default=500)
-    lr: float = _option(_positive, "learning rate of Adam", default=1e-3)
-    seed: int = _option(_at_least(0), "of everything random", default=0)
-    condition_tokens: int = _option(
-        _at_least(0),
-        "learn infilling instead of a potential: a conditional head for whatever so many tokens follow the output",
-        default=0,
-    )
-    sampler: str = _option(
-        _one_of(SAMPLERS), "what draws the sequences; auto: vllm where it is installed", default="auto"
-    )
-    attention: str = _option(
-        _one_of(attention.IMPLEMENTATIONS),
-        f"attention of the teacher-forced pass: {', '.join(attention.IMPLEMENTATIONS)}",
-        default="sdpa",
-    )
-    dtype: str = _option(
-        _one_of(DTYPES), "of the base model; auto: float32 on a CPU, the model's own on a GPU", default="auto"
-    )
-    save_every: int = _option(_at_least(1), "updates between checkpoints", default=100)
-
-    def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            object.__setattr__(self, option.name, option.metadata["check"](option.name, getattr(self, option.name)))
-        get_objective(self.objective, proposal_only=self.proposal_only)
-        if self.positives != "approximate" and self.objective not in ("ctl", "sixo", "dpg"):
-            raise ValueError(
-                f"`positives` must be approximate for {self.objective}, which has none, got {self.positives!r}: drop "
-                "it, or use ctl, sixo or dpg."
-            )
-        if self.condition_tokens and self.positives == "approximate" and self.objective in ("ctl", "sixo", "dpg"):
-            # One exact sample comes with every condition.
-            object.__setattr__(self, "positives", "exact")
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> TrainingConfig:
-        """Build from keywords.
-
-        Raises:
-            ValueError: an unknown keyword, or a value out of range.
-        """
-        known = tuple(option.name for option in dataclasses.fields(cls))
-        for key in options:
-            if key not in known:
-                raise ValueError(
-                    f"unknown option `{key}`{did_you_mean(key, known)}: the known ones are {', '.join(known)}."
-                )
-        return cls(**options)
 
 
 # -- What a teacher-forced pass gives ----------------------------------------------------------
@@ -309,7 +203,7 @@ class TwistTrainer:
             ValueError: parts that do not fit together.
         """
         self.config = config = config or TrainingConfig()
-        self._processes = _Processes()
+        self._processes = Processes()
         self.model, self.tokenizer = self._load(model, tokenizer)
         self.end_ids = end_token_ids(self.model, self.tokenizer)
         if (potential is None) != bool(config.condition_tokens):
@@ -421,7 +315,9 @@ class TwistTrainer:
             self._start(max(map(len, prompts)))
         assert self.sampler is not None
         self.sampler.set_head(self.head)
-        targets = [self._target(slot, prompts) for slot in self._processes.slots(self.update, self.config)]
+        targets = [
+            self._target(slot, prompts) for slot in self._processes.slots(self.update, self.config.prompts_per_update)
+        ]
         laws = _laws(self.config)
         drawn, tokens = self._draw(targets, laws)
         losses, metrics = [], []
@@ -630,6 +526,7 @@ class TwistTrainer:
         else:
             model.set_attn_implementation(self.config.attention)
         model.eval().requires_grad_(False)
+        attention.check(self.config.attention, model)
         with torch.no_grad():
             ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
             own = model(input_ids=ids).logits[:, -1].float()
@@ -749,51 +646,3 @@ def _tensorboard(log_dir: str | Path) -> Any:
             f"`log_dir` needs TensorBoard, which is not installed ({error}): pip install 'vllm-twist[tensorboard]'."
         ) from error
     return SummaryWriter(str(log_dir))
-
-
-class _Processes:
-    """This process among those that ``accelerate launch`` started, or alone."""
-
-    def __init__(self) -> None:
-        self._accelerator: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            try:
-                from accelerate import Accelerator
-            except ImportError as error:
-                raise ValueError(
-                    "`WORLD_SIZE` must be 1 without accelerate, which is not installed: pip install "
-                    "'vllm-twist[accelerate]'."
-                ) from error
-            self._accelerator = Accelerator()
-        self.world: int = self._accelerator.num_processes if self._accelerator else 1
-        self.rank: int = self._accelerator.process_index if self._accelerator else 0
-        self.is_main = self.rank == 0
-        self.device: torch.device = (
-            self._accelerator.device
-            if self._accelerator
-            else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
-
-    def slots(self, update: int, config: TrainingConfig) -> Iterable[int]:
-        """Return which places in the endless round of prompts this process takes in an update."""
-        first = (update * self.world + self.rank) * config.prompts_per_update
-        return range(first, first + config.prompts_per_update)
-
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        if self._accelerator is None:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        vector = self._accelerator.reduce(parameters_to_vector(gradients), "mean")
-        vector_to_parameters(vector, gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-    def average(self, metrics: dict[str, float]) -> dict[str, float]:
-        if self._accelerator is None:
-            return metrics
-        values = torch.tensor(list(metrics.values()), device=self.device)
-        return dict(zip(metrics, self._accelerator.reduce(values, "mean").tolist(), strict=True))
-
-    def wait(self) -> None:
-        if self._accelerator is not None:
-            self._accelerator.wait_for_everyone()

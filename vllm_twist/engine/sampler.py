@@ -57,7 +57,7 @@ class EngineSampler:
         from vllm import LLM
 
         self.end_ids = sorted(end_ids)
-        with tempfile.TemporaryDirectory() as folder, _one_gpu():
+        with tempfile.TemporaryDirectory() as folder, _alone():
             head.save_pretrained(folder)
             options: dict[str, Any] = {
                 "twist_head": folder,
@@ -142,19 +142,21 @@ def _kv_cache_bytes(model: str, sequences: int, length: int) -> int | None:
 
 
 @contextlib.contextmanager
-def _one_gpu() -> Iterator[None]:
-    """Under a launcher that starts several processes per node, let the engine see this one's GPU only."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if local_rank is None or not torch.cuda.is_available():
-        yield
-        return
-    visible = before.split(",") if before else [str(i) for i in range(torch.cuda.device_count())]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(local_rank)]
+def _alone() -> Iterator[None]:
+    """Hide from the engine what a launcher of several processes says to this one, and the other ones' GPUs."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in (*hidden, "CUDA_VISIBLE_DEVICES")}
+    local_rank = before["LOCAL_RANK"]
+    for name in hidden:
+        os.environ.pop(name, None)
+    if local_rank is not None and torch.cuda.is_available():
+        visible = before["CUDA_VISIBLE_DEVICES"] or ",".join(map(str, range(torch.cuda.device_count())))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)]
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
