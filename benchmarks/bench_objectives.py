@@ -30,7 +30,8 @@ from benchmarks.report import HEAD, MODEL, append_row, hardware, versions
 from vllm_twist.objectives import OBJECTIVES, log_weights
 from vllm_twist.potentials import Potential, load_potential
 from vllm_twist.sampling import DrawRequest, TransformersSampler, end_token_ids
-from vllm_twist.training import TrainingConfig, TwistTrainer
+from vllm_twist.training import TwistTrainer
+from vllm_twist.training_config import TrainingConfig
 
 CSV = Path("benchmarks/results/objectives.csv")
 DOCS = Path("docs")
