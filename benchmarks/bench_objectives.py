@@ -275,7 +275,7 @@ def table(setting: Setting, rows: list[dict[str, Any]], objectives: Sequence[str
         updates = statistics.mean(at(run, "seconds", budget, "update") for run in runs)
         cells = [
             f"{OBJECTIVES[objective].title}{'' if OBJECTIVES[objective].smc_twist else ' *'}",
-            f"{lr_of[objective]:g}",
+            f"{lr_of[objective]:g}{' †' if lr_of[objective] in (min(rates), max(rates)) else ''}",
             cell(runs, "update", setting.updates),
             f"{cell(runs, 'seconds', budget)} ({updates:.0f})",
             *PAPER.get(objective, ("", "", "")),
@@ -317,7 +317,7 @@ paper: sentiment | paper: infilling |
 |---|---|---|---|---|---|---|
 {rows}
 
-\\* as a proposal only: its psi is no twist that may weigh particles.
+\\* as a proposal only: its psi is no twist that may weigh particles. † an end of the rates tried.
 
 ![Divergence from the target against updates and against time](objectives.png)
 

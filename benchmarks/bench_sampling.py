@@ -260,7 +260,8 @@ def main() -> None:
 
     machine, software = hardware(), versions("transformers")
     command = "python -m benchmarks.bench_sampling" + (" --eager" if args.eager else "")
-    print(f"{machine} · {software} · {args.model} · {args.dtype} · T={args.max_tokens} · {args.repeats} repeats")
+    setting = f"{args.dtype} · {torch.get_num_threads()} threads · T={args.max_tokens} · {args.repeats} repeats"
+    print(f"{machine} · {software} · {args.model} · {setting}")
     print(f"{'N':>4}  {'side':<11}  {'plain, tok/s':>22}  {'twisted, tok/s':>22}  engine over it, plain  twisted")
     for count in args.counts:
         differences = check(engine, others, count, args.max_tokens)
@@ -279,6 +280,7 @@ def main() -> None:
                     "command": command,
                     "model": args.model,
                     "dtype": args.dtype,
+                    "threads": torch.get_num_threads(),
                     "sequences": count,
                     "max_tokens": args.max_tokens,
                     "side": side.name,
