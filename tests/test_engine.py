@@ -377,17 +377,21 @@ def test_head_gone_wrong_ends_its_request_alone(clean, wide: Tiny):
         results(bad)
 
 
-def test_zero_weights_of_some_are_no_failure():
-    """Lanes of weight zero do not fail their group, alone in the batch or not; NaN and +inf do."""
-    from vllm_twist.engine.lanes import LaneSpec, LaneTable
+@pytest.mark.parametrize("value, fails", [(-math.inf, False), (0.0, False), (math.nan, True), (math.inf, True)])
+def test_zero_weights_of_some_are_no_failure(clean, wide: Tiny, monkeypatch, value: float, fails: bool):
+    """Lanes of weight zero do not fail their group; one that is NaN or infinite does."""
+    from vllm_twist.engine.scheduler import TwistSchedulerMixin
 
-    specs = [LaneSpec(f"lane{i}", "group", i, 1, 9, 0.5, 0, 1.0) for i in range(2)]
-    for value, fails in ((-math.inf, False), (math.nan, True), (math.inf, True), (0.0, False)):
-        table = LaneTable(torch.device("cpu"), lambda logits, k, p: logits)
-        for spec in specs:
-            table.add(spec)
-        step = table.step(torch.zeros(1, 5), [0], specs[:1], torch.full((1, 5), value))
-        assert (step.log_w[0] != step.log_w[0] or step.log_w[0] == math.inf) == fails, value
+    real = TwistSchedulerMixin._mirror
+
+    def mirror(self: Any, step: Any) -> None:
+        if len(step.lane_ids) == 4:
+            step.log_w[1] = value
+        real(self, step)
+
+    monkeypatch.setattr(TwistSchedulerMixin, "_mirror", mirror)
+    (output,) = generate(clean(wide), [prompt_of(9)], params(max_tokens=6, ignore_eos=True, twist_particles=4))
+    assert output.outputs[0].finish_reason == ("error" if fails else "length")
 
 
 def test_all_weights_zero_end_the_request(clean, wide: Tiny, monkeypatch):
