@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from runners import fewer
 from tiny import Tiny
 
 from vllm_twist import results
@@ -301,11 +302,12 @@ def test_preemption_keeps_the_estimate(clean, small: Tiny):
 
     prompt = [0, 2, 3, 2] * 7 + [3, 2]  # 30 tokens: every lane needs a second block at its third token
     llm = clean(small, num_gpu_blocks_override=12)
-    requests = [params(max_tokens=4, twist_particles=5, seed=i, **EVERY_STEP) for i in range(300)]
-    z_hat = torch.tensor([math.exp(results(o)[0].log_z) for o in generate(llm, [prompt] * 300, requests)])
+    n = fewer(300)
+    requests = [params(max_tokens=4, twist_particles=5, seed=i, **EVERY_STEP) for i in range(n)]
+    z_hat = torch.tensor([math.exp(results(o)[0].log_z) for o in generate(llm, [prompt] * n, requests)])
     z = math.exp(enumerate_law(small, prompt, 4).log_z)
     # Fixed seeds; 4 standard errors: odds of a false alarm 6e-5.
-    assert abs(z_hat.mean().item() - z) < 4 * z_hat.std().item() / 300**0.5
+    assert abs(z_hat.mean().item() - z) < 4 * z_hat.std().item() / n**0.5
 
 
 def test_prefix_cache_reset_mid_way(clean, wide: Tiny):
