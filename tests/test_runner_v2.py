@@ -45,6 +45,7 @@ OWN = [
         "test_same_as_model_runner_v1",
         "test_same_with_the_kernels",
         "test_rescoring_sees_a_wrong_fork",
+        "test_memory_is_measured_with_the_head",
         "test_particle_that_ends_leaves_one_step_later",
         "test_plain_rows_are_drawn_by_vllm",
         "test_the_check_for_waiting_sees_it",
