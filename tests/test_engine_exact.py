@@ -268,6 +268,7 @@ def test_broken_engines_fail(engine, small: Tiny, monkeypatch, fault: str):
     else:
         softmax = reference.twist_softmax
         monkeypatch.setattr(reference, "twist_softmax", lambda logits, psi, *rest: (softmax(logits, psi)[0],) * 2)
-    outputs = run(engine(small), PROMPTS["below"], 500, particles=8, horizon=4, twist_ess_threshold=1.0)
+    options = {"particles": 8, "horizon": 4, "twist_ess_threshold": 1.0, "least": 80 if fault == "weights lost" else 20}
+    outputs = run(engine(small), PROMPTS["below"], 500, **options)
     with pytest.raises(AssertionError):
         assert_samples_the_law(outputs, enumerate_law(small, PROMPTS["below"], 4), first=2)
