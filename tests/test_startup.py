@@ -59,9 +59,10 @@ def test_refused_at_start_up(small: Tiny, options: dict[str, Any], message: str)
     [
         ({"hidden_size": 32}, r"its hidden_size is 32, the model's is 64"),
         ({"vocab_size": 7}, r"its vocab_size is 7, the model's is 4"),
+        ({"conditional": True}, r"`twist_head` must not be conditional, got a conditional head"),
     ],
 )
-def test_head_that_does_not_fit(small: Tiny, tmp_path: Path, changes: dict[str, int], message: str):
+def test_head_that_does_not_fit(small: Tiny, tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         start(small, twist_head=head_of(tmp_path, **changes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ CONFIGS = {
     for kind in ("linear", "mlp", "low_rank", "tied")
 }
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
+CONDITIONAL = ("linear", "mlp", "low_rank")
+conditional_kinds = pytest.mark.parametrize("kind", CONDITIONAL)
 HIDDEN = torch.randn(5, H, generator=torch.Generator().manual_seed(0))
 EMBEDDING = torch.randn(V, H, generator=torch.Generator().manual_seed(1))
+CONDITION = torch.randn(5, H, generator=torch.Generator().manual_seed(2))
 
 
 def lm_head(hidden: Tensor) -> Tensor:
     return hidden @ EMBEDDING.to(hidden.dtype).T
 
 
-def trained(kind: str) -> TwistHead:
+def trained(kind: str, **changes: Any) -> TwistHead:
     """Return a head with no parameter left at zero."""
-    head = TwistHead.create(CONFIGS[kind], seed=3)
+    head = TwistHead.create(replace(CONFIGS[kind], **changes), seed=3)
     with torch.no_grad():
         for i, parameter in enumerate(head.parameters()):
             parameter += 0.1 * torch.cos(torch.arange(parameter.numel()) + i).reshape(parameter.shape)
@@ -45,16 +49,16 @@ def test_every_kind_is_tested() -> None:
 # What heads compute.
 
 
-def expected(kind: str, p: dict[str, Tensor]) -> Tensor:
+def expected(kind: str, p: dict[str, Tensor], inputs: Tensor = HIDDEN) -> Tensor:
     """The formulas of the docstrings, written out once more."""
     if kind == "linear":
-        return HIDDEN @ p["weight"].T + p["bias"]
+        return inputs @ p["weight"].T + p["bias"]
     if kind == "low_rank":
-        return HIDDEN @ (p["up"] @ p["down"]).T + p["bias"]
+        return inputs @ (p["up"] @ p["down"]).T + p["bias"]
     if kind == "tied":
-        inner = (HIDDEN @ p["down"].T + p["down_bias"]).clamp(min=0)
+        inner = (inputs @ p["down"].T + p["down_bias"]).clamp(min=0)
         return inner @ p["up"].T @ EMBEDDING.T
-    h = HIDDEN
+    h = inputs
     for i in range(3):
         h = h.clamp(min=0) if i else h
         h = h @ p[f"layers.{i}.weight"].T + p[f"layers.{i}.bias"]
@@ -67,6 +71,46 @@ def test_formula(kind: str) -> None:
     got = head(HIDDEN, lm_head)
     assert got.shape == (5, V)
     torch.testing.assert_close(got, expected(kind, dict(head.named_parameters())), rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_log_sigmoid(kind: str) -> None:
+    """psi is a probability: the same output, squashed, and no underflow where it is all but impossible."""
+    plain, head = trained(kind), trained(kind, activation="log_sigmoid")
+    output = plain(HIDDEN, lm_head)
+    torch.testing.assert_close(head(HIDDEN, lm_head), output - torch.nn.functional.softplus(output))
+    assert (head(HIDDEN, lm_head) < 0).all() and torch.equal(head.logit(HIDDEN, lm_head), output)
+    assert torch.equal(plain.logit(HIDDEN, lm_head), output)
+    assert head.activate(torch.tensor([-200.0, 0.0])).tolist() == [-200, pytest.approx(-0.6931472)]
+
+
+@conditional_kinds
+@pytest.mark.parametrize("activation", ["identity", "log_sigmoid"])
+def test_conditional(kind: str, activation: str) -> None:
+    """The condition stands behind the prefix; each row has its own, or all share one."""
+    head = trained(kind, conditional=True, activation=activation)
+    both = torch.cat([HIDDEN, CONDITION], 1)
+    logit = expected(kind, dict(head.named_parameters()), both)
+    torch.testing.assert_close(head.logit(HIDDEN, None, CONDITION), logit, rtol=1e-5, atol=1e-6)
+    log_psi = head(HIDDEN, None, CONDITION)
+    assert torch.equal(log_psi, head.activate(head.logit(HIDDEN, None, CONDITION)))
+    shared = torch.stack([head(HIDDEN, lm_head, condition)[0] for condition in CONDITION])
+    torch.testing.assert_close(shared, torch.stack([head(HIDDEN[:1], None, c[None])[0] for c in CONDITION]))
+    torch.testing.assert_close(shared[0], log_psi[0])
+    # Both parts matter, and neither stands in for the other.
+    for hidden, condition in ((CONDITION, HIDDEN), (HIDDEN, CONDITION.flip(0)), (HIDDEN.flip(0), CONDITION)):
+        assert not torch.allclose(head(hidden, None, condition), log_psi, atol=1e-3)
+
+
+def test_condition_where_it_does_not_belong() -> None:
+    conditional = trained("mlp", conditional=True)
+    with pytest.raises(ValueError, match="`condition` is missing: the twist head is conditional, pass the hidden"):
+        conditional(HIDDEN)
+    with pytest.raises(ValueError, match=r"`condition` must have shape \[5, 6\] or \[6\], got \[4, 6\]: pass one"):
+        conditional(HIDDEN, None, CONDITION[:4])
+    for kind in CONFIGS:
+        with pytest.raises(ValueError, match="`condition` must be None for a twist head that is not conditional: drop"):
+            trained(kind)(HIDDEN, lm_head, CONDITION)
 
 
 @every_kind
@@ -107,6 +151,12 @@ def test_tied_head_needs_the_lm_head() -> None:
         (("low_rank", H, V), "`rank` of a low_rank head must be a positive integer, got None"),
         (("tied", H, V, -1), "`rank` of a tied head must be a positive integer, got -1"),
         (("linear", H, V, 0), "`rank` of a linear head must be a positive integer, got 0"),
+        (("linear", H, V, None, "logsigmoid"), r"`activation` must be one of identity, log_sigmoid, got .* \(did you"),
+        (("linear", H, V, None, None), f"`activation` must be one of .* got None: set it in {CONFIG_NAME}"),
+        (("linear", H, V, None, ["relu"]), r"`activation` must be one of .* got \['relu'\]"),
+        (("linear", H, V, None, "identity", "yes"), "`conditional` must be true or false, got 'yes': set it"),
+        (("linear", H, V, None, "identity", 1), "`conditional` must be true or false, got 1"),
+        (("tied", H, V, R, "identity", True), "`conditional` is not supported by a tied head, .*: use linear, mlp"),
     ],
 )
 def test_config_is_checked(arguments: tuple[Any, ...], message: str) -> None:
@@ -127,16 +177,21 @@ def test_fits() -> None:
 # Saving and loading.
 
 
-@every_kind
-def test_round_trip(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["identity", "log_sigmoid"])
+@pytest.mark.parametrize(("kind", "conditional"), [(k, False) for k in CONFIGS] + [(k, True) for k in CONDITIONAL])
+def test_round_trip(kind: str, conditional: bool, activation: str, tmp_path: Path) -> None:
     """Same outputs to the bit, and the same bytes when saved again; folders are made as needed."""
-    head = trained(kind)
+    head = trained(kind, conditional=conditional, activation=activation)
+    inputs = (HIDDEN, lm_head, CONDITION if conditional else None)
     head.save_pretrained(tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [WEIGHTS_NAME, CONFIG_NAME]
-    assert None not in json.loads((tmp_path / "a" / "b" / CONFIG_NAME).read_text()).values()
+    # Only what differs from the defaults, so that older readers take the heads they can serve.
+    written = set(json.loads((tmp_path / "a" / "b" / CONFIG_NAME).read_text()))
+    optional = {"rank": head.uses_rank, "activation": activation != "identity", "conditional": conditional}
+    assert written == {"head_type", "hidden_size", "vocab_size", *(name for name, there in optional.items() if there)}
     again = TwistHead.from_pretrained(tmp_path / "a" / "b")
     assert type(again) is type(head) and again.config == head.config == load_config(str(tmp_path / "a" / "b"))
-    assert torch.equal(again(HIDDEN, lm_head), head(HIDDEN, lm_head))
+    assert torch.equal(again(*inputs), head(*inputs))
     again.save_pretrained(tmp_path / "c")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "a" / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
@@ -195,11 +250,12 @@ def test_malformed_config(saved: Path, text: bytes, message: str) -> None:
     ("changes", "message"),
     [
         ({"vocab_sizes": 11}, r"unknown key 'vocab_sizes' \(did you mean 'vocab_size'\?\): the known ones are"),
-        ({"qqq": 1}, "has an unknown key 'qqq': the known ones are head_type, hidden_size, vocab_size, rank"),
+        ({"qqq": 1}, "has an unknown key 'qqq': the known ones are head_type, hidden_size, vocab_size, rank, activ"),
         ({"vocab_size": None}, f"{CONFIG_NAME} lacks vocab_size: add it"),
         ({"head_type": "gpt"}, "`head_type` must be one of linear, mlp, low_rank, tied, got 'gpt'"),
         ({"hidden_size": "6"}, "`hidden_size` of a linear head must be a positive integer, got '6'"),
         # The config and the weights contradict each other: in size, or in kind.
+        ({"conditional": True}, rf"{WEIGHTS_NAME} holds .*\(11, 6\).* calls for .*\(11, 12\).*: make the two agree"),
         ({"vocab_size": 12}, rf"{WEIGHTS_NAME} holds .*\(11, 6\).* calls for .*\(12, 6\).*: make the two agree"),
         ({"head_type": "mlp"}, rf"{WEIGHTS_NAME} holds .*'weight'.* calls for .*'layers.0.weight'.*make the two agree"),
     ],

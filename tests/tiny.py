@@ -66,7 +66,9 @@ def save(folder: Path, model: LlamaForCausalLM, head: TwistHead, **fields: Any) 
     return Tiny(folder / "model", folder / "head", model, head, **fields)
 
 
-def random_model(folder: Path, vocab: int, eos: int, head_type: str = "linear", spread: float = 1.0) -> Tiny:
+def random_model(
+    folder: Path, vocab: int, eos: int, head_type: str = "linear", spread: float = 1.0, activation: str = "identity"
+) -> Tiny:
     """Return a random model, its logits tempered so that no token is nearly certain, and a random head.
 
     ``spread`` is the standard deviation of log psi: with wide ones the weights get tails that no
@@ -77,7 +79,7 @@ def random_model(folder: Path, vocab: int, eos: int, head_type: str = "linear", 
     with torch.no_grad():
         model.lm_head.weight *= 0.35
     rank = 8 if head_type in ("low_rank", "tied") else None
-    head = TwistHead.create(TwistHeadConfig(head_type, HIDDEN, vocab, rank), seed=3)
+    head = TwistHead.create(TwistHeadConfig(head_type, HIDDEN, vocab, rank, activation), seed=3)
     tiny = Tiny(folder / "model", folder / "head", model, head, vocab, eos)
     _, log_psi = tiny.logits_and_log_psi([[token, other] for token in range(vocab) for other in range(vocab)])
     last = {"linear": "weight", "mlp": "layers.2.weight", "low_rank": "up", "tied": "up"}[head_type]

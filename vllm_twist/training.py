@@ -1,158 +1,650 @@
-"""Train a twist head with a frozen Hugging Face model as base and as sampler."""
+"""Learn a twist head: draw with the present head, score by one teacher-forced pass, take a step.
+
+    with TwistTrainer("models/tiny-reviews", potential, TrainingConfig(objective="ctl")) as trainer:
+        trainer.train(["I bought this", "The battery"], out="my-head")
+
+The base model is frozen. Sequences come from a ``Sampler``, the vLLM engine where it is installed,
+and are data: what carries the gradient is log psi of their tokens, read off hidden states that one
+pass of the model in transformers gives (Zhao et al. 2024, Sec. 4; ``vllm_twist.objectives``).
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from vllm_twist.objectives import ctl_loss
-from vllm_twist.potentials import LogPhi, load_potential
-from vllm_twist.twist import TwistHead
+from vllm_twist import attention
+from vllm_twist.objectives import (
+    Positives,
+    ctl_loss,
+    ctl_positives_loss,
+    dpg_loss,
+    fudge_loss,
+    get_objective,
+    log_normaliser,
+    log_weights,
+    pcl_loss,
+    rl_loss,
+    sixo_loss,
+)
+from vllm_twist.potentials import Continuation, LogPhi, Potential, load_potential
+from vllm_twist.processes import Processes
+from vllm_twist.resampling import ess, log_mean_exp
+from vllm_twist.sampling import (
+    DrawRequest,
+    Draws,
+    Sampler,
+    TransformersSampler,
+    check_length,
+    condition_state,
+    end_token_ids,
+    head_output,
+    logits_of,
+    prefill,
+)
+from vllm_twist.training_config import TrainingConfig
+from vllm_twist.twist import TwistHead, TwistHeadConfig
+
+STATE_NAME = "training_state.pt"
+#: Values over the vocabulary that are held at a time; what lies beyond is computed anew for the gradient.
+MAX_VALUES = 2**26
+#: Tokens in one forward pass of the model.
+MAX_TOKENS = 2**16
+#: Draws from p0, in batches of ``particles``, after which a search for exact samples is given up.
+MAX_ROUNDS = 100
+
+
+# -- What a teacher-forced pass gives ----------------------------------------------------------
+@dataclass(frozen=True)
+class Scores:
+    """Values of B given outputs of one prompt, padded on the right to the longest length T; all [B, T].
+
+    Attributes:
+        mask: True up to and with the final token.
+        log_p: log p0 of each token (nats).
+        logit: the head's output at each token, before its activation; carries the gradient.
+        log_psi: log twist at each token; carries the gradient.
+        log_norm: log Z^pi_t, the normaliser of q at each step; carries the gradient.
+    """
+
+    mask: Tensor
+    log_p: Tensor
+    logit: Tensor
+    log_psi: Tensor
+    log_norm: Tensor
+
+    @property
+    def log_q(self) -> Tensor:
+        """log probability of each token under the twist-induced proposal (Zhao et al. 2024, Prop. 3.3)."""
+        return self.log_p + self.log_psi - self.log_norm
+
+    def final(self, values: Tensor) -> Tensor:
+        """Return values [B] at the final tokens."""
+        return values.gather(1, self.mask.sum(1, keepdim=True) - 1)[:, 0]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """B outputs drawn for one prompt, padded on the right to the longest length T.
+class _Drawn:
+    """Outputs of one prompt by one law, scored."""
+
+    scores: Scores
+    log_phi: Tensor
+    log_w: Tensor | None  # towards sigma; None for exact samples
+
+    @property
+    def positives(self) -> Positives:
+        return Positives(self.scores.log_psi, self.scores.mask, self.log_w)
+
+
+@dataclass
+class _Target:
+    """One prompt of one update, with a condition of its own where there is one."""
+
+    slot: int
+    prompt_ids: tuple[int, ...]
+    potential: Potential
+    condition: tuple[int, ...] | None = None
+    exact: list[list[int]] = field(default_factory=list)
+
+
+def _laws(config: TrainingConfig) -> tuple[str, ...]:
+    """Return which sequences an update needs: those of ``sampling.LAWS``, and exact samples of sigma."""
+    positives = {"approximate": "q"}.get(config.positives, config.positives)
+    needed = {
+        "ctl": ("q", positives),
+        "sixo": ("p0", positives),
+        "dpg": (positives,),
+        "rl": ("q",),
+        "pcl": ("q",),
+        "fudge": ("p0",),
+    }[config.objective]
+    return tuple(dict.fromkeys(needed))
+
+
+def _loss(config: TrainingConfig, drawn: dict[str, _Drawn]) -> Tensor:
+    """Return the loss of one prompt's sequences."""
+    positives = drawn.get({"approximate": "q"}.get(config.positives, config.positives))
+    name = config.objective
+    if name == "fudge":
+        rollouts = drawn["p0"]
+        return fudge_loss(rollouts.scores.logit, rollouts.log_phi, rollouts.scores.mask)
+    if name == "dpg":
+        assert positives is not None
+        return dpg_loss(positives.positives, positives.scores.log_norm)
+    if name == "sixo":
+        assert positives is not None
+        base = drawn["p0"].scores
+        return sixo_loss(positives.positives, base.log_psi, base.log_p, base.log_p, base.mask)
+    own = drawn["q"]
+    s, log_phi = own.scores, own.log_phi
+    if name == "rl":
+        return rl_loss(s.log_psi, s.log_norm, log_phi, s.mask)
+    if name == "pcl":
+        return pcl_loss(s.log_psi, s.log_p, s.log_q, log_phi, s.mask, s.log_norm[:, 0])
+    if positives is own:
+        return ctl_loss(s.log_psi, s.log_p, s.log_q, log_phi, s.mask)
+    assert positives is not None
+    return ctl_positives_loss(positives.positives, s.log_psi, s.log_p, s.log_q, s.mask)
+
+
+# -- The trainer -------------------------------------------------------------------------------
+class TwistTrainer:
+    """Learn a twist head for one base model and one potential.
+
+    Under ``accelerate launch`` every process draws for prompts of its own and the gradients are
+    averaged, so that n processes do what one does with n times ``prompts_per_update``. Weights are
+    normalised within a prompt, hence within a process.
+
+    Everything random follows from ``config.seed`` and the number of the update. Given the tokens an
+    update is deterministic, so a resumed run repeats an uninterrupted one bit for bit wherever the
+    sampler does.
 
     Attributes:
-        tokens: token ids [B, T].
-        mask: True up to and with the final token of each row [B, T].
-        log_p: log p0 of each token (nats) [B, T].
-        log_q: log probability of each token under the proposal (nats) [B, T].
-        hidden: final hidden state of the prefix before each token, which the twist head reads [B, T, H].
+        head: the head, in float32.
+        update: how many updates it has seen.
+        sampler: what draws; made when first needed unless one is given.
     """
 
-    tokens: Tensor
-    mask: Tensor
-    log_p: Tensor
-    log_q: Tensor
-    hidden: Tensor
+    def __init__(
+        self,
+        model: Any,
+        potential: str | Path | LogPhi | Potential | None,
+        config: TrainingConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        head: TwistHead | None = None,
+        sampler: Sampler | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load what has to be loaded.
 
-    def token_ids(self) -> list[list[int]]:
-        """Return the outputs without padding."""
-        return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
+        Args:
+            model: folder or hub id of a causal language model, or one loaded by transformers.
+            potential: what ``load_potential`` takes; None with ``condition_tokens``.
+            tokenizer: the model's, where it is not found beside it. Without any, prompts are token ids
+                and the potential gets empty texts.
+            head: to go on with; a fresh one by default.
+            sampler: to draw with instead of the one that the config names.
+            engine_args: further arguments of ``vllm.LLM`` for the engine that draws.
 
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    prompt_ids: Sequence[int],
-    count: int,
-    max_tokens: int,
-    eos_token_id: int,
-    *,
-    head: TwistHead | None = None,
-    generator: torch.Generator | None = None,
-) -> Samples:
-    """Draw ``count`` outputs of at most ``max_tokens`` tokens from q ~ p0 psi (Prop. 3.3), or from p0 without a head.
-
-    Raises:
-        ValueError: an empty prompt, or one that leaves no room in the model's context.
-    """
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    if not 0 < len(prompt_ids) <= context - max_tokens:
-        raise ValueError(
-            f"`prompt_ids` must hold 1 to {context - max_tokens} tokens, got {len(prompt_ids)}: with `max_tokens` "
-            f"{max_tokens} it has to fit a context of {context}; shorten either."
+        Raises:
+            ValueError: parts that do not fit together.
+        """
+        self.config = config = config or TrainingConfig()
+        self._processes = Processes()
+        self.model, self.tokenizer = self._load(model, tokenizer)
+        self.end_ids = end_token_ids(self.model, self.tokenizer)
+        if (potential is None) != bool(config.condition_tokens):
+            raise ValueError(
+                f"`potential` must be given, or `condition_tokens` in its place, got {potential!r} and "
+                f"{config.condition_tokens}: pass one of the two."
+            )
+        self.potential = (
+            None if potential is None else load_potential(potential, model=self.model, tokenizer=self.tokenizer)
         )
-    inputs = torch.tensor(prompt_ids, device=model.device).expand(count, -1)
-    alive = torch.ones(count, dtype=torch.bool, device=model.device)
-    cache, columns = None, []
-    for _ in range(max_tokens):
-        output = model.base_model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]
-        logits = model.get_output_embeddings()(hidden).float()
-        log_p = logits.log_softmax(-1)
-        log_q = log_p if head is None else (log_p + log_psi(model, head, hidden)).log_softmax(-1)
-        inputs = torch.multinomial(log_q.exp(), 1, generator=generator)
-        columns.append((inputs[:, 0], alive, log_p.gather(1, inputs)[:, 0], log_q.gather(1, inputs)[:, 0], hidden))
-        alive = alive & (inputs[:, 0] != eos_token_id)
-        if not alive.any():
-            break
-    return Samples(*(torch.stack(column, 1) for column in zip(*columns, strict=True)))
-
-
-def log_psi(model: Any, head: TwistHead, hidden: Tensor) -> Tensor:
-    """Return log psi [N, V] of every next token for hidden states [N, H], in float32."""
-    return head(hidden.to(next(head.parameters()).dtype), model.get_output_embeddings()).float()
-
-
-def evaluate_log_phi(log_phi: LogPhi, tokenizer: Any, samples: Samples) -> Tensor:
-    """Return log phi [B] of the samples.
-
-    Raises:
-        ValueError: ``log_phi`` does not give one number per sequence.
-    """
-    token_ids = samples.token_ids()
-    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    return torch.tensor(load_potential(log_phi)(token_ids, texts), device=samples.tokens.device)
-
-
-def ctl_loss_of(model: Any, tokenizer: Any, log_phi: LogPhi, head: TwistHead, samples: Samples) -> Tensor:
-    """Return the CTL loss of the head on samples of one prompt."""
-    mask = samples.mask
-    values = log_psi(model, head, samples.hidden[mask]).gather(1, samples.tokens[mask][:, None])
-    values = torch.zeros_like(samples.log_p).masked_scatter(mask, values)
-    return ctl_loss(values, samples.log_p, samples.log_q, evaluate_log_phi(log_phi, tokenizer, samples), mask)
-
-
-def train_ctl(
-    model: Any,
-    tokenizer: Any,
-    log_phi: LogPhi,
-    prompts: Sequence[str],
-    head: TwistHead,
-    *,
-    steps: int = 200,
-    batch_size: int = 64,
-    max_tokens: int = 64,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> list[float]:
-    """Train ``head`` in place by CTL on its own proposal and return the loss of every step.
-
-    Each step takes the next prompt in turn, draws ``batch_size`` outputs from q ~ p0 psi with the
-    present head, and moves the head by Adam. The model stays as it is; a head of another device or
-    dtype than the model's is the caller's to convert.
-
-    Args:
-        log_phi: the target's potential, see ``LogPhi``.
-        prompts: texts to continue; each is a target of its own with its own normaliser.
-        progress: wraps the range of steps, ``tqdm`` for one.
-
-    Raises:
-        ValueError: a head that does not fit the model, no prompts, a tokenizer without an end token,
-            or a batch from which nothing can be learned.
-    """
-    if not prompts:
-        raise ValueError("`prompts` must hold at least one text, got none: pass what the model should continue.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("`tokenizer` must have an `eos_token_id`, got None: set the token that ends an output.")
-    head.check_fits(model.config.hidden_size, model.get_output_embeddings().weight.shape[0])
-    model.eval().requires_grad_(False)
-    prompt_ids = [tokenizer(prompt).input_ids for prompt in prompts]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
-    losses = []
-    for step in progress(range(steps)):
-        samples = sample(
-            model,
-            prompt_ids[step % len(prompts)],
-            batch_size,
-            max_tokens,
-            tokenizer.eos_token_id,
-            head=head,
-            generator=generator,
+        shape = TwistHeadConfig(
+            config.head,
+            self.model.config.get_text_config().hidden_size,
+            self.model.get_output_embeddings().weight.shape[0],
+            config.rank if TwistHead.kinds[config.head].uses_rank else None,
+            activation="log_sigmoid" if get_objective(config.objective, proposal_only=True).squashed else "identity",
+            conditional=bool(config.condition_tokens),
         )
-        loss = ctl_loss_of(model, tokenizer, log_phi, head, samples)
-        optimizer.zero_grad()
+        self.head = head or TwistHead.create(shape, seed=config.seed)
+        if self.head.config != shape:
+            raise ValueError(
+                f"`head` must be {shape}, got {self.head.config}: pass one of that kind, or change config."
+            )
+        self.head.to(self.model.device, torch.float32).requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=config.lr)
+        self.update = 0
+        self.sampler = sampler
+        self._engine_args = dict(engine_args or {})
+
+    def __enter__(self) -> TwistTrainer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the sampler; the head stays."""
+        if self.sampler is not None:
+            self.sampler.close()
+            self.sampler = None
+
+    # -- Training
+    def train(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: bool = False,
+        log_dir: str | Path | None = None,
+    ) -> list[dict[str, float]]:
+        """Update until ``config.updates`` is reached; return the metrics of each update made here.
+
+        Args:
+            prompts: what to continue, texts or token ids. Updates take them in turn.
+            out: folder for the head; it can be served as it is. Checkpoints go there, too.
+            resume: whether to go on from the checkpoint in ``out``.
+            progress: whether to show a bar with loss, ESS, KL or gap, and tokens per second.
+            log_dir: folder for TensorBoard.
+
+        Raises:
+            ValueError: no prompts, one that does not fit, a checkpoint that is missing or of another
+                run, or a batch from which nothing can be learned.
+        """
+        rows = self._encode(prompts)
+        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+        if resume:
+            self._resume(out, digest)
+        self._start(max(map(len, rows)))
+        writer = _tensorboard(log_dir) if log_dir is not None and self._processes.is_main else None
+        history: list[dict[str, float]] = []
+        for _ in self._bar(progress, history):
+            history.append(self.step(rows))
+            if writer is not None:
+                for name, value in history[-1].items():
+                    writer.add_scalar(name, value, self.update)
+            if out is not None and (self.update % self.config.save_every == 0 or self.update == self.config.updates):
+                self.save(out, digest)
+        if writer is not None:
+            writer.close()
+        return history
+
+    def _bar(self, progress: bool, history: list[dict[str, float]]) -> Iterator[int]:
+        """Yield once per update to come, showing the metrics of the last one."""
+        from tqdm import tqdm
+
+        total = self.config.updates
+        with tqdm(
+            total=total, initial=self.update, desc=self.config.objective, unit="update",
+            disable=not (progress and self._processes.is_main),
+        ) as bar:  # fmt: skip
+            while self.update < total:
+                yield self.update
+                bar.update(1)
+                shown = {name.replace("_", " "): f"{value:.4g}" for name, value in history[-1].items()}
+                bar.set_postfix(shown)
+
+    def step(self, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Make one update on the next of these prompts (token ids); return its metrics.
+
+        ``loss``, and ``tokens_per_s``: tokens drawn per second of the whole update. Of the draws from the
+        proposal q, where the objective has any: ``ess``, their effective sample size towards sigma;
+        ``log_z``, the log-mean of their weights; and ``kl``, that minus the mean of the log weights, an
+        estimate of KL(q || sigma) that is low as far as log_z is. With exact positives also ``gap``: the
+        single-particle upper bound of log Z minus the lower one, KL(q || sigma) + KL(sigma || q).
+        """
+        began = time.perf_counter()
+        if self.sampler is None:
+            self._start(max(map(len, prompts)))
+        assert self.sampler is not None
+        self.sampler.set_head(self.head)
+        targets = [
+            self._target(slot, prompts) for slot in self._processes.slots(self.update, self.config.prompts_per_update)
+        ]
+        laws = _laws(self.config)
+        drawn, tokens = self._draw(targets, laws)
+        losses, metrics = [], []
+        for target, sets in zip(targets, drawn, strict=True):
+            scored = {law: self._scored(target, law, draws) for law, draws in sets.items()}
+            losses.append(_loss(self.config, scored))
+            metrics.append(_metrics(scored))
+        loss = torch.stack(losses).mean()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+        self._processes.average_gradients(list(self.head.parameters()))
+        self.optimizer.step()
+        self.update += 1
+        means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        means = self._processes.average({"loss": loss.item(), **means})
+        speed = self._processes.world * tokens / (time.perf_counter() - began)
+        return {**means, "tokens_per_s": speed}
+
+    # -- Drawing
+    def _target(self, slot: int, prompts: Sequence[Sequence[int]]) -> _Target:
+        prompt_ids = tuple(prompts[slot % len(prompts)])
+        check_length(self.model, prompt_ids, self.config.max_tokens + self.config.condition_tokens)
+        if self.potential is None:
+            return _Target(slot, prompt_ids, Continuation(self.model, [0]))  # replaced with the condition
+        text = "" if self.tokenizer is None else self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        return _Target(slot, prompt_ids, self.potential.given(prompt_ids, text))
+
+    def _request(self, target: _Target, law: str, count: int, extra: str = "", length: int = 0) -> DrawRequest:
+        seed = random.Random(f"{self.config.seed} {target.slot} {law} {extra}").getrandbits(62)
+        condition = target.condition if law in ("q", "smc") else None
+        return DrawRequest(target.prompt_ids, count, law, seed, length or self.config.max_tokens, condition)
+
+    def _draw(self, targets: list[_Target], laws: Sequence[str]) -> tuple[list[dict[str, Draws]], int]:
+        """Return the sequences of each target by law, and how many tokens were drawn for them."""
+        assert self.sampler is not None
+        tokens = 0
+        if self.config.condition_tokens:
+            tokens += self._find_conditions(targets)
+        elif "exact" in laws:
+            tokens += self._find_exact(targets)
+        requests = [
+            self._request(target, law, self.config.particles) for target in targets for law in laws if law != "exact"
+        ]
+        answers = iter(self.sampler.sample(requests) if requests else [])
+        drawn = []
+        for target in targets:
+            sets = {law: Draws(target.exact) if law == "exact" else next(answers) for law in laws}
+            tokens += sum(len(row) for law in sets if law != "exact" for row in sets[law].token_ids)
+            drawn.append(sets)
+        return drawn, tokens
+
+    def _find_exact(self, targets: list[_Target]) -> int:
+        """Fill ``exact`` with samples of p0 accepted with probability phi; return the number of tokens drawn."""
+        assert self.sampler is not None
+        count, tokens = self.config.particles, 0
+        for attempt in range(MAX_ROUNDS):
+            wanting = [target for target in targets if len(target.exact) < count]
+            if not wanting:
+                return tokens
+            requests = [self._request(target, "p0", count, f"exact {attempt}") for target in wanting]
+            for target, request, draws in zip(wanting, requests, self.sampler.sample(requests), strict=True):
+                tokens += sum(map(len, draws.token_ids))
+                log_phi = self._log_phi(target, draws.token_ids)
+                if (log_phi > 0).any():
+                    raise ValueError(
+                        f"`positives` must not be exact for a potential above 1, got log phi up to "
+                        f"{log_phi.max():g}: subtract its upper bound, or use approximate or smc."
+                    )
+                uniforms = torch.rand(count, generator=torch.Generator().manual_seed(request.seed ^ 1))
+                accepted = (uniforms.log() < log_phi.cpu()).nonzero()[:, 0].tolist()
+                target.exact.extend(draws.token_ids[k] for k in accepted[: count - len(target.exact)])
+        found = min(len(target.exact) for target in targets)
+        raise ValueError(
+            f"`positives` must not be exact for a target this rare: {MAX_ROUNDS * count} samples of p0 gave {found} of "
+            f"{count}; use approximate or smc."
+        )
+
+    def _find_conditions(self, targets: list[_Target]) -> int:
+        """Give each target a condition and the exact sample that comes with it; return the number of tokens drawn.
+
+        s_1:T and the c tokens after it are drawn from p0 together: s_1:T is then an exact sample of
+        sigma(. | o_T) (Zhao et al. 2024, Sec. 3.3). What ends before has no condition and is drawn again.
+        """
+        assert self.sampler is not None
+        length, tokens = self.config.max_tokens, 0
+        whole = length + self.config.condition_tokens
+        for attempt in range(MAX_ROUNDS):
+            wanting = [target for target in targets if target.condition is None]
+            if not wanting:
+                return tokens
+            requests = [self._request(target, "p0", 4, f"condition {attempt}", whole) for target in wanting]
+            for target, draws in zip(wanting, self.sampler.sample(requests), strict=True):
+                tokens += sum(map(len, draws.token_ids))
+                for row in draws.token_ids:
+                    if len(row) == whole and row[-1] not in self.end_ids:
+                        target.condition, target.exact = tuple(row[length:]), [row[:length]]
+                        target.potential = Continuation(
+                            self.model, row[length:], prompt_ids=target.prompt_ids, eos_token_id=min(self.end_ids)
+                        )
+                        break
+        raise ValueError(
+            f"`condition_tokens` must leave outputs that go on for {whole} tokens, got none in {4 * MAX_ROUNDS} for "
+            "some prompt: lower `max_tokens` or `condition_tokens`."
+        )
+
+    # -- Scoring
+    def _scored(self, target: _Target, law: str, draws: Draws) -> _Drawn:
+        scores = self.score(target.prompt_ids, draws.token_ids, target.condition)
+        if law == "p0" and self.config.objective != "fudge":
+            return _Drawn(scores, torch.zeros(len(draws.token_ids)), None)  # their phi is not asked for
+        log_phi = self._log_phi(target, draws.token_ids)
+        if law == "q":
+            log_w = log_weights(scores.log_p, scores.log_q.detach(), log_phi, scores.mask)
+        elif law == "smc":
+            drawn = torch.tensor(draws.log_w, device=log_phi.device)
+            log_w = drawn + log_phi - scores.final(scores.log_psi.detach())
+        else:
+            log_w = None
+        return _Drawn(scores, log_phi, log_w)
+
+    def _log_phi(self, target: _Target, token_ids: list[list[int]]) -> Tensor:
+        texts = [""] * len(token_ids)
+        if self.tokenizer is not None:
+            texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return torch.tensor(target.potential(token_ids, texts), device=self.model.device)
+
+    def score(
+        self, prompt_ids: Sequence[int], token_ids: Sequence[Sequence[int]], condition: Sequence[int] | None = None
+    ) -> Scores:
+        """Return log p0, log psi and the proposal's normaliser of given outputs of one prompt, with gradient."""
+        with torch.no_grad():
+            hidden = self._hidden(prompt_ids, token_ids)
+            state = condition_state(self.model, condition)
+        device = hidden.device
+        tokens = torch.tensor([token for row in token_ids for token in row], device=device)
+        lengths = torch.tensor([len(row) for row in token_ids], device=device)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        chunk = max(1, MAX_VALUES // self.head.config.vocab_size)
+        flat: tuple[Tensor, ...]
+        if len(tokens) <= chunk:
+            flat = self._read(hidden, tokens, state)
+        else:
+            parts = [
+                checkpoint(self._read, h, t, state, use_reentrant=False)
+                for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
+            ]
+            flat = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return Scores(mask, *(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
+
+    def _read(self, hidden: Tensor, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, ...]:
+        """Return log p0, logit, log psi and log Z^pi [N] of tokens [N] after prefixes [N, H]."""
+        with torch.no_grad():
+            log_p = logits_of(self.model, hidden).log_softmax(-1)
+        logit = head_output(self.model, self.head, hidden, state, logit=True)
+        log_psi = self.head.activate(logit)
+        index = tokens[:, None]
+        picked = (values.gather(1, index)[:, 0] for values in (log_p, logit, log_psi))
+        return (*picked, log_normaliser(log_p, log_psi))
+
+    def _hidden(self, prompt_ids: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the hidden state before each output token [N, H], row after row, without gradient.
+
+        Where attention takes packed sequences, all rows form one, and nothing is padded. Elsewhere the
+        prompt is computed once and shared through its KV cache, and rows of like length go together;
+        padding stands on the right, where causal attention never sees it.
+        """
+        if self.config.attention in attention.PACKED:
+            return attention.packed_states(self.model, prompt_ids, token_ids, MAX_TOKENS)
+        order = sorted(range(len(token_ids)), key=lambda k: len(token_ids[k]))
+        rows = max(1, MAX_TOKENS // (len(prompt_ids) + max(map(len, token_ids))))
+        states: dict[int, Tensor] = {}
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            cache, first = prefill(self.model, prompt_ids, len(chosen))
+            columns = [first[:, None]]
+            width = len(token_ids[chosen[-1]])
+            if width > 1:
+                inputs = [[*token_ids[k][:-1], *[0] * (width - len(token_ids[k]))] for k in chosen]
+                output = self.model.base_model(
+                    input_ids=torch.tensor(inputs, device=self.model.device), past_key_values=cache, use_cache=True
+                )
+                columns.append(output.last_hidden_state)
+            block = torch.cat(columns, 1)
+            states.update((k, block[i, : len(token_ids[k])]) for i, k in enumerate(chosen))
+        return torch.cat([states[k] for k in range(len(token_ids))])
+
+    # -- Set-up
+    def _load(self, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        attention.prepare(self.config.attention)
+        if isinstance(model, str | Path):
+            device = self._processes.device
+            dtype = "float32" if self.config.dtype == "auto" and device.type == "cpu" else self.config.dtype
+            try:
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+                model = AutoModelForCausalLM.from_pretrained(
+                    model, dtype=dtype, attn_implementation=self.config.attention
+                )
+                model.to(device)
+            except (OSError, ImportError) as error:
+                raise ValueError(
+                    f"`model` {str(model)!r} is no causal language model that transformers can load "
+                    f"({type(error).__name__}: {error}): check the name, and the connection if it is a hub id."
+                ) from error
+        else:
+            model.set_attn_implementation(self.config.attention)
+        model.eval().requires_grad_(False)
+        attention.check(self.config.attention, model)
+        with torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            own = model(input_ids=ids).logits[:, -1].float()
+            ours = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[:, -1])
+        if not torch.allclose(own, ours, atol=0.05, rtol=0.02):
+            raise ValueError(
+                f"`model` must have its output embedding's product as logits, got a {type(model).__name__}, which "
+                "scales or caps them: its p0 would be another; use a model that does not."
+            )
+        return model, tokenizer
+
+    def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        if not len(prompts):
+            raise ValueError("`prompts` must hold at least one, got none: pass what the model should continue.")
+        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`prompts` must be token ids, got text but no tokenizer: pass `tokenizer`.")
+        rows = [tuple(self.tokenizer(p).input_ids) if isinstance(p, str) else tuple(p) for p in prompts]
+        for row in rows:
+            check_length(self.model, row, self.config.max_tokens + self.config.condition_tokens)
+        return rows
+
+    def _start(self, longest: int) -> None:
+        """Make the sampler, for prompts of at most this length."""
+        if self.sampler is not None:
+            return
+        name = self.config.sampler
+        if name == "auto":
+            name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+        if name == "transformers":
+            self.sampler = TransformersSampler(self.model, self.end_ids)
+            return
+        if not importlib.util.find_spec("vllm"):
+            raise ValueError("`sampler` must be transformers without vLLM, got 'vllm': install it, or pass that.")
+        path = self.model.config._name_or_path
+        if not path:
+            raise ValueError(
+                "`model` must be loaded from somewhere for the engine to load it, too, got one without a name: save it "
+                "and pass the folder, or use the transformers sampler."
+            )
+        from vllm_twist.engine.sampler import MAX_NUM_SEQS, EngineSampler
+
+        particles = self.config.particles
+        at_once = particles * self.config.prompts_per_update * max(1, len(set(_laws(self.config)) - {"exact"}))
+        self.sampler = EngineSampler(
+            path,
+            self.head,
+            end_ids=self.end_ids,
+            **{
+                "max_model_len": longest + self.config.max_tokens + self.config.condition_tokens,
+                "max_num_seqs": max(particles, min(at_once, MAX_NUM_SEQS)),
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                **self._engine_args,
+            },
+        )
+
+    # -- Checkpoints
+    def save(self, out: str | Path, digest: str = "") -> None:
+        """Write the head, ready to be served, and what ``train(resume=True)`` goes on from."""
+        if self._processes.is_main:
+            out = Path(out)
+            self.head.save_pretrained(out)
+            state = {
+                "update": self.update,
+                "config": dataclasses.asdict(self.config),
+                "prompts": digest,
+                "processes": self._processes.world,
+                "head": self.head.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            # All in one file, in one move: a run that dies while saving leaves the last checkpoint whole.
+            torch.save(state, out / f"{STATE_NAME}.tmp")
+            os.replace(out / f"{STATE_NAME}.tmp", out / STATE_NAME)
+        self._processes.wait()
+
+    def _resume(self, out: str | Path | None, digest: str) -> None:
+        path = Path(out or "") / STATE_NAME
+        if out is None or not path.is_file():
+            raise ValueError(f"`resume` needs a checkpoint, {path} does not exist: pass the `out` of the first run.")
+        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        free = ("updates", "save_every", "sampler", "attention")
+        now = {
+            **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in free},
+            "prompts": digest,
+            "processes": self._processes.world,
+        }
+        then = {**state["config"], "prompts": state["prompts"], "processes": state["processes"]}
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"`{name}` must be that of the run to resume, {then.get(name)!r}, got {value!r}: pass the same, or "
+                    "start anew in another folder."
+                )
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update = state["update"]
+
+
+def _metrics(scored: dict[str, _Drawn]) -> dict[str, float]:
+    """Return what one prompt's draws say of the proposal; see ``TwistTrainer.step``."""
+    if "q" not in scored:
+        return {}
+    log_w = scored["q"].log_w
+    assert log_w is not None
+    log_w = log_w.double()
+    log_z, lower = log_mean_exp(log_w), log_w.mean()
+    found = {"ess": ess(log_w).item(), "log_z": log_z.item(), "kl": (log_z - lower).item()}
+    if "exact" in scored:
+        exact = scored["exact"]
+        upper = log_weights(exact.scores.log_p, exact.scores.log_q.detach(), exact.log_phi, exact.scores.mask)
+        found["gap"] = (upper.double().mean() - lower).item()
+    return found
+
+
+def _tensorboard(log_dir: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"`log_dir` needs TensorBoard, which is not installed ({error}): pip install 'vllm-twist[tensorboard]'."
+        ) from error
+    return SummaryWriter(str(log_dir))

@@ -5,6 +5,11 @@
 h_{t-1} is the final hidden state that feeds the LM head at the position of s_{t-1}, so one
 evaluation values every possible next token (Zhao et al. 2024, App. G.1). The scale and the
 constant of log psi at each t are free: a constant per step cancels in the weights.
+
+A conditional head gives log psi_t(s_1:t, o_T) for a target that depends on a condition o_T, such as
+what the output shall lead up to (Zhao et al. 2024, Sec. 3.3 and App. G.1). It reads [h_{t-1}, c], with
+c the final hidden state of o_T's last token in a pass of the frozen model over o_T alone, without
+the prompt and without special tokens that o_T does not hold itself.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,15 +31,37 @@ WEIGHTS_NAME = "model.safetensors"
 
 LMHead = Callable[[Tensor], Tensor]
 
+#: What turns a head's output into log psi. ``log_sigmoid`` makes psi a probability, as FUDGE learns it.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda output: output,
+    "log_sigmoid": nn.functional.logsigmoid,
+}
+
 
 @dataclass(frozen=True)
 class TwistHeadConfig:
-    """Shape of a head: ``head_type``, ``hidden_size`` H, ``vocab_size`` V, and ``rank`` r where used."""
+    """What a head is made of.
+
+    Attributes:
+        head_type: a key of ``TwistHead.kinds``.
+        hidden_size: width H of the model's hidden states.
+        vocab_size: number V of the model's logits.
+        rank: r, of the kinds that use it.
+        activation: a key of ``ACTIVATIONS``, applied to the output.
+        conditional: whether the head reads a condition beside the prefix.
+    """
 
     head_type: str
     hidden_size: int
     vocab_size: int
     rank: int | None = None
+    activation: str = "identity"
+    conditional: bool = False
+
+    @property
+    def input_size(self) -> int:
+        """Width of what the head reads: H, or 2 H with a condition."""
+        return self.hidden_size * (2 if self.conditional else 1)
 
     def __post_init__(self) -> None:
         kinds = tuple(TwistHead.kinds)
@@ -52,16 +79,31 @@ class TwistHeadConfig:
                     f"`{name}` of a {self.head_type} head must be a positive integer, got {value!r}: "
                     f"set it in {CONFIG_NAME}."
                 )
+        if self.activation not in tuple(ACTIVATIONS):
+            raise ValueError(
+                f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"{did_you_mean(self.activation, tuple(ACTIVATIONS))}: set it in {CONFIG_NAME}."
+            )
+        if not isinstance(self.conditional, bool):
+            raise ValueError(f"`conditional` must be true or false, got {self.conditional!r}: set it in {CONFIG_NAME}.")
+        able = [kind for kind in kinds if TwistHead.kinds[kind].takes_condition]
+        if self.conditional and self.head_type not in able:
+            raise ValueError(
+                f"`conditional` is not supported by a {self.head_type} head, which is an update of the prefix's "
+                f"hidden state: use {', '.join(able)}."
+            )
 
 
 class TwistHead(nn.Module, ABC):
     """Map hidden states [N, H] to log twist values [N, V].
 
-    Build one with ``TwistHead.create(TwistHeadConfig(...))``; load with ``from_pretrained``.
+    Build one with ``TwistHead.create(TwistHeadConfig(...))``; load with ``from_pretrained``. A kind of
+    head defines ``output``; ``forward`` is the same for all.
     """
 
     kinds: ClassVar[dict[str, type[TwistHead]]] = {}
     uses_rank: ClassVar[bool] = False
+    takes_condition: ClassVar[bool] = True
 
     config: TwistHeadConfig
 
@@ -86,13 +128,45 @@ class TwistHead(nn.Module, ABC):
         return head
 
     @abstractmethod
-    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+    def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        """Return what the activation turns into log psi, [N, V], for inputs [N, H] or [N, 2 H]."""
+
+    def forward(self, hidden: Tensor, lm_head: LMHead | None = None, condition: Tensor | None = None) -> Tensor:
         """Return log psi [N, V] for hidden states [N, H] (nats).
 
         Args:
             hidden: final hidden states of the prefixes.
             lm_head: hidden states to logits, needed by ``tied`` heads only.
+            condition: hidden states c of the conditions [N, H], or [H] for one that all share;
+                needed by conditional heads, and by them only.
+
+        Raises:
+            ValueError: a condition that is missing, of another shape, or not asked for; a tied head
+                without ``lm_head``.
         """
+        return self.activate(self.logit(hidden, lm_head, condition))
+
+    def logit(self, hidden: Tensor, lm_head: LMHead | None = None, condition: Tensor | None = None) -> Tensor:
+        """Return the output before the activation [N, V]: what the FUDGE loss takes. See ``forward``."""
+        return self.output(self._inputs(hidden, condition), lm_head)
+
+    def activate(self, output: Tensor) -> Tensor:
+        """Return log psi of the head's output, both of any one shape."""
+        return ACTIVATIONS[self.config.activation](output)
+
+    def _inputs(self, hidden: Tensor, condition: Tensor | None) -> Tensor:
+        if condition is None:
+            if self.config.conditional:
+                raise ValueError("`condition` is missing: the twist head is conditional, pass the hidden state of o_T.")
+            return hidden
+        if not self.config.conditional:
+            raise ValueError("`condition` must be None for a twist head that is not conditional: drop it.")
+        if condition.shape not in (hidden.shape, hidden.shape[-1:]):
+            raise ValueError(
+                f"`condition` must have shape {list(hidden.shape)} or {list(hidden.shape[-1:])}, got "
+                f"{list(condition.shape)}: pass one hidden state per row, or one for all."
+            )
+        return torch.cat([hidden, condition.to(hidden.dtype).expand_as(hidden)], -1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``twist_config.json`` and ``model.safetensors`` into ``folder`` (made if missing)."""
@@ -100,7 +174,8 @@ class TwistHead(nn.Module, ABC):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {key: value for key, value in asdict(self.config).items() if value is not None}
+        defaults = {field.name: field.default for field in fields(self.config)}
+        config = {key: value for key, value in asdict(self.config).items() if value != defaults[key]}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS_NAME)
 
@@ -162,54 +237,55 @@ def check_fits(config: TwistHeadConfig, hidden_size: int, vocab_size: int) -> No
 
 
 class LinearHead(TwistHead, kind="linear"):
-    """log psi = W h + b, with ``weight`` [V, H] and ``bias`` [V]."""
+    """W x + b, with ``weight`` [V, X] and ``bias`` [V]; X is H, or 2 H with a condition."""
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.input_size))
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
-    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
-        return nn.functional.linear(hidden, self.weight, self.bias)
+    def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        return nn.functional.linear(inputs, self.weight, self.bias)
 
 
 class MLPHead(TwistHead, kind="mlp"):
-    """Three linear layers H -> H -> H -> V with ReLU between them (App. G.1 of the paper)."""
+    """Three linear layers X -> H -> H -> V with ReLU between them (App. G.1 of the paper); X is H, or 2 H."""
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
         h, v = config.hidden_size, config.vocab_size
-        self.layers = nn.ModuleList([nn.Linear(h, h), nn.Linear(h, h), nn.Linear(h, v)])
+        self.layers = nn.ModuleList([nn.Linear(config.input_size, h), nn.Linear(h, h), nn.Linear(h, v)])
 
-    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+    def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
         first, second, last = self.layers
-        return last(torch.relu(second(torch.relu(first(hidden)))))
+        return last(torch.relu(second(torch.relu(first(inputs)))))
 
 
 class LowRankHead(TwistHead, kind="low_rank"):
-    """log psi = U D h + b with ``down`` D [r, H] and ``up`` U [V, r]: megabytes at V = 128k."""
+    """U D x + b with ``down`` D [r, X] and ``up`` U [V, r]: megabytes at V = 128k; X is H, or 2 H."""
 
     uses_rank = True
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
         rank = config.rank or 0  # checked by the config
-        self.down = nn.Parameter(torch.empty(rank, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(rank, config.input_size))
         self.up = nn.Parameter(torch.empty(config.vocab_size, rank))
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
-    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(hidden, self.down), self.up, self.bias)
+    def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(inputs, self.down), self.up, self.bias)
 
 
 class TiedHead(TwistHead, kind="tied"):
-    """log psi = LMHead(u(h)), u(h) = U relu(D h): an update of the hidden state read out by the LM head.
+    """LMHead(u(h)), u(h) = U relu(D h + d): an update of the hidden state read out by the LM head.
 
     Costs r * 2H parameters whatever the vocabulary. In the engine ``u(h)`` travels through the
     LM head in the same matrix product as h itself (``update``).
     """
 
     uses_rank = True
+    takes_condition = False
 
     def __init__(self, config: TwistHeadConfig) -> None:
         super().__init__(config)
@@ -222,10 +298,10 @@ class TiedHead(TwistHead, kind="tied"):
         """Return u(h) [N, H] for h [N, H]."""
         return nn.functional.linear(torch.relu(nn.functional.linear(hidden, self.down, self.down_bias)), self.up)
 
-    def forward(self, hidden: Tensor, lm_head: LMHead | None = None) -> Tensor:
+    def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
         if lm_head is None:
             raise ValueError("`lm_head` is missing: a tied head is read out through the model's LM head, pass it.")
-        return lm_head(self.update(hidden))
+        return lm_head(self.update(inputs))
 
 
 def _fetch(path: str | Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_twist.config import PREFIX, TwistConfig
 from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
+from vllm_twist.twist import TwistHeadConfig, check_fits
 
 #: Key under which an admitted request's settings travel in ``SamplingParams.extra_args``.
 GROUP_KEY = "twist_group"
@@ -24,6 +25,16 @@ class TwistValidationError(VLLMValidationError, ValueError):
 def read_config(vllm_config: Any) -> TwistConfig:
     """Return the twist settings that travel in an engine's ``additional_config``."""
     return TwistConfig.from_dict(vllm_config.additional_config[PREFIX])
+
+
+def check_head(config: TwistHeadConfig, model_config: Any) -> None:
+    """Raise ValueError unless the engine can serve a head of this config beside the model."""
+    check_fits(config, model_config.get_hidden_size(), model_config.get_vocab_size())
+    if config.conditional:
+        raise ValueError(
+            "`twist_head` must not be conditional, got a conditional head: requests cannot carry a condition yet; use "
+            "one that is not."
+        )
 
 
 def fit_length(

@@ -77,9 +77,10 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
     Raises:
         ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
     """
+    from vllm_twist.engine.admission import check_head
     from vllm_twist.engine.scoring import read_potential
     from vllm_twist.engine.worker import WORKERS
-    from vllm_twist.twist import TwistHead, check_fits, load_config
+    from vllm_twist.twist import TwistHead, load_config
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.runner_type != "generate":
@@ -106,7 +107,7 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
             f"`twist_head` supports the CPU and CUDA workers of vLLM, this platform uses {parallel.worker_cls!r}: "
             "serve on one of these."
         )
-    check_fits(load_config(twist.head), model.get_hidden_size(), model.get_vocab_size())
+    check_head(load_config(twist.head), model)
     # The workers load it again; here its errors still reach the one who starts the engine.
     TwistHead.from_pretrained(twist.head, dtype=model.dtype)
     if twist.potential is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_twist.engine.admission import read_config
+from vllm_twist.engine.admission import check_head, read_config
 from vllm_twist.engine.readout import Readout
 from vllm_twist.twist import TwistHead
 
@@ -37,7 +38,7 @@ class TwistWorkerMixin(_Base):
     def _read_head(self, head: str) -> TwistHead:
         model_config = self.vllm_config.model_config
         loaded = TwistHead.from_pretrained(head, dtype=model_config.dtype)  # type: ignore[arg-type]
-        loaded.check_fits(model_config.get_hidden_size(), model_config.get_vocab_size())
+        check_head(loaded.config, model_config)
         return loaded.requires_grad_(False).to(self.device)
 
     def load_twist_head(self, head: str) -> None:
@@ -47,6 +48,24 @@ class TwistWorkerMixin(_Base):
         requests: a group that lives through the change is weighted by two different twists.
         """
         self.readout.head = self._read_head(head)
+
+    @torch.inference_mode()
+    def set_twist_head_weights(self, weights: bytes) -> None:
+        """Replace the weights of the running engine's head by others of the same config, in place.
+
+        ``weights`` is what ``safetensors.torch.save`` makes of its state dict: bytes pass vLLM's
+        serialisation as they are. For the KV cache see ``load_twist_head``.
+        """
+        from safetensors.torch import load
+
+        state = load(weights)
+        for name, tensor in state.items():
+            if not tensor.to(self.vllm_config.model_config.dtype).isfinite().all():
+                raise ValueError(
+                    f"`weights` must be finite in {self.vllm_config.model_config.dtype}, {name} is not: lower the "
+                    "learning rate, or use a dtype of wider range."
+                )
+        self.readout.head.load_state_dict(state)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.twist.begin(scheduler_output)

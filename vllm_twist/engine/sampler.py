@@ -1,0 +1,162 @@
+"""The engine as the sampler of training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vllm_twist.results import results
+from vllm_twist.sampling import ESS_THRESHOLD, DrawRequest, Draws
+from vllm_twist.twist import TwistHead
+
+#: Most sequences in one batch of the engine, unless one request needs more.
+MAX_NUM_SEQS = 1024
+
+
+class EngineSampler:
+    """Draw with a vLLM engine whose twist head is replaced, in place, whenever it has learned.
+
+    Nothing is restarted, and nothing in the engine goes stale: the head is read after the model's
+    last layer, so the KV cache, prefixes cached from earlier requests included, depends on the base
+    model alone, which never changes. No request is under way when the head is replaced.
+
+    ``q`` is one request with ``count`` particles that never resample, ``smc`` one that does, ``p0`` a
+    plain one with ``n = count``; all requests of a call run in one batch.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        head: TwistHead,
+        *,
+        end_ids: frozenset[int],
+        max_model_len: int,
+        max_num_seqs: int,
+        dtype: str = "auto",
+        **engine_args: Any,
+    ) -> None:
+        """Start an engine.
+
+        Args:
+            model: folder or hub id of the base model.
+            head: the head to begin with; ``set_head`` takes others of the same config.
+            end_ids: tokens that end an output.
+            max_model_len: longest prompt and output together, in tokens.
+            max_num_seqs: outputs that one call of ``sample`` asks for, at most; the largest request at least.
+            dtype: as in vLLM; the one that the gradient is computed in, so that both have one p0.
+            engine_args: of ``vllm.LLM``, over the defaults here. Memory: by default the KV cache gets
+                what ``max_num_seqs`` sequences need and no more, for a GPU is shared with the trainer.
+        """
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has run threads by now
+        from vllm import LLM
+
+        self.end_ids = sorted(end_ids)
+        with tempfile.TemporaryDirectory() as folder, _alone():
+            head.save_pretrained(folder)
+            options: dict[str, Any] = {
+                "twist_head": folder,
+                "twist_particles": 1,
+                "dtype": dtype,
+                "max_model_len": max_model_len,
+                "max_num_seqs": max_num_seqs,
+                "skip_tokenizer_init": True,
+                "enforce_eager": not torch.cuda.is_available(),
+                "seed": 0,
+                **engine_args,
+            }
+            if not options.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}:
+                options["kv_cache_memory_bytes"] = _kv_cache_bytes(model, options["max_num_seqs"], max_model_len)
+            self.llm: Any = LLM(model, **options)
+
+    def set_head(self, head: TwistHead) -> None:
+        from safetensors.torch import save
+
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
+        self.llm.collective_rpc("set_twist_head_weights", args=(save(state),))
+
+    def sample(self, requests: Sequence[DrawRequest]) -> list[Draws]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+            [self._parameters(request) for request in requests],
+            use_tqdm=False,
+        )
+        return [self._draws(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def close(self) -> None:
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+
+    def _parameters(self, request: DrawRequest) -> Any:
+        from vllm import SamplingParams
+
+        extra: dict[str, Any] = {"twist": 0}
+        if request.law != "p0":
+            extra = {
+                "twist_particles": request.count,
+                "twist_ess_threshold": ESS_THRESHOLD if request.law == "smc" else 0.0,
+                "twist_return_particles": 1,
+            }
+            if request.condition is not None:
+                extra["twist_condition"] = list(request.condition)
+        return SamplingParams(
+            n=request.count if request.law == "p0" else 1,
+            temperature=1.0,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            stop_token_ids=self.end_ids,
+            ignore_eos=True,  # what ends an output is said above, whatever the model's files say
+            detokenize=False,
+            extra_args=extra,
+        )
+
+    def _draws(self, request: DrawRequest, output: Any) -> Draws:
+        if request.law == "p0":
+            return Draws([list(completion.token_ids) for completion in output.outputs])
+        particles = results(output)[0].particles or []
+        # None stands for -inf, which JSON has not.
+        log_w = [-math.inf if p.log_weight is None else p.log_weight for p in particles]
+        return Draws([p.token_ids for p in particles], log_w)
+
+
+def _kv_cache_bytes(model: str, sequences: int, length: int) -> int | None:
+    """Return what so many sequences of this length need, with a margin; None for models that it cannot tell of."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if heads is None or layers is None:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    block = 128  # the largest in common use
+    tokens = block * (math.ceil(length / block) + 1) * (sequences + 8)
+    return 2 * layers * kv_heads * width * 4 * tokens
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide from the engine what a launcher of several processes says to this one, and the other ones' GPUs."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in (*hidden, "CUDA_VISIBLE_DEVICES")}
+    local_rank = before["LOCAL_RANK"]
+    for name in hidden:
+        os.environ.pop(name, None)
+    if local_rank is not None and torch.cuda.is_available():
+        visible = before["CUDA_VISIBLE_DEVICES"] or ",".join(map(str, range(torch.cuda.device_count())))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)]
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,117 @@
+"""What a user may ask of training; each field is a flag of ``vllm-twist train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_twist import attention
+from vllm_twist.config import _flag, _integer, _number, _option, did_you_mean
+from vllm_twist.objectives import OBJECTIVES, get_objective
+from vllm_twist.twist import TwistHead
+
+SAMPLERS = ("auto", "vllm", "transformers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+POSITIVES = ("approximate", "exact", "smc")
+
+
+def _one_of(known: Sequence[str]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in known:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, list(known))}: "
+                "pass one of these."
+            )
+        return value
+
+    return check
+
+
+def _at_least(low: int) -> Callable[[str, Any], int]:
+    return lambda name, value: _integer(name, value, low)
+
+
+def _positive(name: str, value: Any) -> float:
+    parsed = _number(name, value)
+    if not (math.isfinite(parsed) and parsed > 0):
+        raise ValueError(f"`{name}` must be a positive number, got {value!r}: 1e-3 is the default.")
+    return parsed
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a twist head is learned. Each field is a flag of ``vllm-twist train``; every value is checked.
+
+    Raises:
+        ValueError: a value out of range, or values that do not go together.
+    """
+
+    objective: str = _option(_one_of(tuple(OBJECTIVES)), f"loss: {', '.join(OBJECTIVES)}", default="ctl")
+    positives: str = _option(
+        _one_of(POSITIVES),
+        "what stands for the target in ctl, sixo and dpg. approximate: draws from the twisted proposal, weighted (in "
+        "ctl the negatives' own batch); exact: samples of p0 accepted with probability phi, which must not exceed 1; "
+        "smc: the particles of twisted SMC",
+        default="approximate",
+    )
+    proposal_only: bool = _option(
+        _flag, "accept an objective whose result proposes tokens but cannot weigh particles (dpg)", default=False
+    )
+    head: str = _option(_one_of(tuple(TwistHead.kinds)), f"kind of head: {', '.join(TwistHead.kinds)}", default="mlp")
+    rank: int = _option(_at_least(1), "rank of a low_rank or tied head", default=64)
+    max_tokens: int = _option(_at_least(1), "length at which outputs are cut", default=16)
+    particles: int = _option(_at_least(2), "sequences drawn per prompt and update", default=64)
+    prompts_per_update: int = _option(
+        _at_least(1), "prompts per update and process, each a target with a normaliser of its own", default=1
+    )
+    updates: int = _option(_at_least(1), "number of updates in all", default=500)
+    lr: float = _option(_positive, "learning rate of Adam", default=1e-3)
+    seed: int = _option(_at_least(0), "of everything random", default=0)
+    condition_tokens: int = _option(
+        _at_least(0),
+        "learn infilling instead of a potential: a conditional head for whatever so many tokens follow the output",
+        default=0,
+    )
+    sampler: str = _option(
+        _one_of(SAMPLERS), "what draws the sequences; auto: vllm where it is installed", default="auto"
+    )
+    attention: str = _option(
+        _one_of(attention.IMPLEMENTATIONS),
+        f"attention of the teacher-forced pass: {', '.join(attention.IMPLEMENTATIONS)}",
+        default="sdpa",
+    )
+    dtype: str = _option(
+        _one_of(DTYPES), "of the base model; auto: float32 on a CPU, the model's own on a GPU", default="auto"
+    )
+    save_every: int = _option(_at_least(1), "updates between checkpoints", default=100)
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            object.__setattr__(self, option.name, option.metadata["check"](option.name, getattr(self, option.name)))
+        get_objective(self.objective, proposal_only=self.proposal_only)
+        if self.positives != "approximate" and self.objective not in ("ctl", "sixo", "dpg"):
+            raise ValueError(
+                f"`positives` must be approximate for {self.objective}, which has none, got {self.positives!r}: drop "
+                "it, or use ctl, sixo or dpg."
+            )
+        if self.condition_tokens and self.positives == "approximate" and self.objective in ("ctl", "sixo", "dpg"):
+            # One exact sample comes with every condition.
+            object.__setattr__(self, "positives", "exact")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TrainingConfig:
+        """Build from keywords.
+
+        Raises:
+            ValueError: an unknown keyword, or a value out of range.
+        """
+        known = tuple(option.name for option in dataclasses.fields(cls))
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"unknown option `{key}`{did_you_mean(key, known)}: the known ones are {', '.join(known)}."
+                )
+        return cls(**options)
