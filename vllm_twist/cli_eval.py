@@ -86,7 +86,10 @@ def run(args: argparse.Namespace) -> None:
 
     options = {"max_num_seqs": max(256, *config.particles), "seed": config.seed, **args.engine_args}
     llm = vllm.LLM(args.model, twist_head=args.twist_head, **options)
-    found = Evaluator(llm, potential, config).evaluate(prompts, lambda prompt: print(table(prompt), flush=True))
+    try:
+        found = Evaluator(llm, potential, config).evaluate(prompts, lambda prompt: print(table(prompt), flush=True))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
     found = dataclasses.replace(
         found,
         source={
