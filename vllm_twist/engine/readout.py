@@ -46,6 +46,6 @@ class Readout:
     def log_psi(self) -> Tensor:
         """Return log psi of every next token for the lanes of the last forward pass, [L, V]."""
         if self.tied is not None:
-            return self.tied
+            return self.head.activate(self.tied)
         assert self.hidden is not None, "log_psi before a forward pass"
         return self.head(self.hidden)
