@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,12 @@ def holds(found: Estimate | None, value: float) -> bool:
 def test_numbers_equal_enumeration(engine: Any, small: Tiny) -> None:
     """log Z, both divergences, and every bound on its side of log Z; more particles, smaller gap."""
     law, log_q = exact(small)
-    config = EvaluationConfig(HORIZON, (1, 2, 16), repeats=60, samples=400, log_phi_max=2.0)
+    config = EvaluationConfig(HORIZON, (1, 2, 16), repeats=40, samples=300, log_phi_max=2.0)
     evaluator = Evaluator(WithTokenizer(engine(small)), Function(log_phi), config)
     seen = []
     evaluation = evaluator.evaluate(["x"], seen.append)
     (found,) = evaluation.prompts
-    assert seen == [found] and found.reason is None and found.exact_samples == 400
+    assert seen == [found] and found.reason is None and found.exact_samples == 300
     assert holds(found.log_z, law.log_z)
     sigma = {s: math.exp(value - law.log_z) for s, value in law.log_target.items()}
     backward = sum(p * (math.log(p) - log_q[s]) for s, p in sigma.items())
@@ -147,16 +149,21 @@ def test_potentials_know_their_bounds() -> None:
     assert Silent().log_bound == math.inf
 
 
-def test_command(repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command as a user types it, on the shipped model: table, JSON and picture."""
+def test_command(repo_root: Path, tmp_path: Path) -> None:
+    """The command as a user types it, on the shipped model: table, JSON and picture.
+
+    In a process of its own: it shuts its engine down, and in this one others are kept.
+    """
     (tmp_path / "prompts.txt").write_text("I bought this\n\nThe battery\n")
     head = str(repo_root / "models/tiny-reviews-positive")
     args = ["--model", str(repo_root / "models/tiny-reviews"), "--twist-head", head, "--potential", head]
     args += ["--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "8", "--particles", "1,4", "--repeats", "6"]
     args += ["--samples", "20", "--json", str(tmp_path / "out/eval.json"), "--plot", str(tmp_path / "out/eval.png")]
     engine = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26, "max_model_len": 128}
-    assert main(["eval", *args, "--engine-args", json.dumps(engine)]) == 0
-    printed = capsys.readouterr().out
+    command = [sys.executable, "-m", "vllm_twist.cli", "eval", *args, "--engine-args", json.dumps(engine)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert "'I bought this'" in printed and "'The battery'" in printed and "lower bound" in printed
     values = json.loads((tmp_path / "out/eval.json").read_text())
     assert [prompt["prompt"] for prompt in values["prompts"]] == ["I bought this", "The battery"]
