@@ -39,7 +39,7 @@ def test_trace_agrees_with_the_particles(engine: Any, wide: Tiny, threshold: flo
         lengths = [len(p.token_ids) for p in group.particles]
         assert len(group.trace) == max(lengths)
         assert sum(step.resampled for step in group.trace) == group.num_resamplings
-        for t, step in enumerate(group.trace, 1):
+        for step in group.trace:
             alive = [k for k, ancestor in enumerate(step.ancestors) if ancestor is not None]
             assert alive == [k for k, w in enumerate(step.log_w) if w is not None]
             if not step.resampled:
