@@ -45,6 +45,15 @@ def _paths() -> list[Path_]:
         for threshold in (0.7, 1.0):
             options = {"max_tokens": 5, "twist_resampling": scheme, "twist_ess_threshold": threshold}
             found.append(Path_(f"{scheme} at {threshold}", options={**options, "twist_particles": 6}))
+    for name, options in {
+        "base proposal": {"twist_proposal": "base"},
+        "base proposal, scaled": {"twist_proposal": "base", "twist_scale": 0.6, "temperature": 0.8},
+        "pinned to the end": {"twist_pinned": [2, 3, 0, 2, 3]},
+        "pinned until it ends": {"twist_pinned": [3, 2, 1], "twist_resampling": "residual", "twist_particles": 7},
+        "pinned, base proposal": {"twist_pinned": [3, 2, 1], "twist_proposal": "base", "top_k": 3},
+        "pinned, one particle": {"twist_pinned": [2, 2, 1], "twist_particles": 1, "temperature": 0.8},
+    }.items():
+        found.append(Path_(name, repeats=3, options={"max_tokens": 5, **every, **options}))
     for options in (
         {"temperature": 0.7},
         {"top_p": 0.8},

@@ -581,7 +581,8 @@ def population(seed: int, k: int, g: int = 9, stops: int = 2) -> tuple[reference
     here = slots[batch]
     rows[here[torch.randperm(len(here), generator=random)]] = torch.arange(len(here), dtype=torch.int32)
     thresholds = torch.tensor([1.0, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9], dtype=torch.float64)
-    groups = reference.Groups(members, sizes, thresholds, torch.arange(g) % 4, keys_for(g, seed=seed + 1))
+    pinned = torch.rand(g, generator=random) < 0.5 if seed % 2 else None
+    groups = reference.Groups(members, sizes, thresholds, torch.arange(g) % 4, keys_for(g, seed=seed + 1), pinned)
     return lanes, groups, rows
 
 

@@ -114,6 +114,16 @@ def test_request_keys(client: openai.OpenAI):
     assert plain.model_extra["kv_transfer_params"] is None
 
 
+def test_pinned_continuation(client: openai.OpenAI):
+    """Token ids pass HTTP as a list; the pinned particle is the first one, whatever was drawn."""
+    drawn = twist_of(complete(client, seed=1, twist_return_particles=1, max_tokens=12))[0].particles[3].token_ids
+    response = complete(client, seed=2, twist_pinned=drawn, twist_return_particles=1, max_tokens=12)
+    (group,) = twist_of(response)
+    assert group.particles[0].token_ids == drawn and group.particles[1].token_ids != drawn
+    with pytest.raises(openai.BadRequestError, match="`twist_pinned` must have at most `max_tokens`=2 tokens"):
+        complete(client, twist_pinned=drawn[:3], max_tokens=2)
+
+
 def test_choices(client: openai.OpenAI):
     """One entry per choice, for n = 2 and for two prompts."""
     response = complete(client, n=2, seed=3)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 #: Module and summary by name of the command.
 COMMANDS = {
+    "eval": ("vllm_twist.cli_eval", "bounds of log Z and divergences of a twist head"),
+    "trace": ("vllm_twist.cli_trace", "one group's life as a picture"),
     "train": ("vllm_twist.cli_train", "learn a twist head for a potential"),
 }
 

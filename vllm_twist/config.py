@@ -111,6 +111,7 @@ class RequestConfig:
         pinned: token ids of a continuation that particle 0 is held to, the others being resampled
             conditionally on it; its last token ends it. Around an exact sample of sigma, log_z is on
             average an upper bound of log Z (Zhao et al. 2024, Prop. 5.1).
+        trace: whether the result tells the group's life step by step.
     """
 
     particles: int = _option(_particles, "number of particles per completion", default=16)
@@ -134,6 +135,7 @@ class RequestConfig:
     pinned: tuple[int, ...] | None = _option(
         _token_ids, "continuation that one particle is held to", request_only=True, default=None
     )
+    trace: bool = _option(_flag, "return every step's ancestors and weights", request_only=True, default=False)
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):

@@ -48,6 +48,11 @@ class Potential(ABC):
         """Return the potential of outputs that follow this prompt: itself, unless it reads prompts."""
         return self
 
+    @property
+    def log_bound(self) -> float:
+        """An upper bound of log phi over all outputs, +inf where none is known; rejection sampling needs one."""
+        return math.inf
+
     def __call__(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
         """Return log phi (nats) of each of N outputs, finite or -inf.
 
@@ -125,6 +130,10 @@ class Constant(Potential):
     def __init__(self, value: float) -> None:
         self.value = _number("potential", value)
 
+    @property
+    def log_bound(self) -> float:
+        return self.value
+
     def log_phi(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
         return [self.value] * len(token_ids)
 
@@ -142,6 +151,10 @@ class Sum(Potential):
         values = [part(token_ids, texts) for part in self.parts]
         return [math.fsum(row) for row in zip(*values, strict=True)]
 
+    @property
+    def log_bound(self) -> float:
+        return sum(part.log_bound for part in self.parts)
+
     def given(self, prompt_ids: Sequence[int], prompt: str) -> Potential:
         return Sum([part.given(prompt_ids, prompt) for part in self.parts])
 
@@ -158,6 +171,10 @@ class Scaled(Potential):
 
     def log_phi(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
         return [self.scale * value if self.scale else 0.0 for value in self.part(token_ids, texts)]
+
+    @property
+    def log_bound(self) -> float:
+        return self.scale * self.part.log_bound if self.scale > 0 else 0.0 if self.scale == 0 else math.inf
 
     def given(self, prompt_ids: Sequence[int], prompt: str) -> Potential:
         return Scaled(self.part.given(prompt_ids, prompt), self.scale)
@@ -243,6 +260,10 @@ class TokenLogistic(Potential):
                 "vocabulary."
             )
         self.weights = [_number("weights", weight) for weight in weights]
+
+    @property
+    def log_bound(self) -> float:
+        return 0.0
 
     def log_phi(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
         highest = max(max(row, default=0) for row in token_ids)
@@ -359,6 +380,12 @@ class Classifier(Potential):
             )
         return cls(model, tokenizer, label, **options)
 
+    @property
+    def log_bound(self) -> float:
+        if self.score == "threshold":
+            return math.log1p(self.epsilon)
+        return 0.0 if self.score == "log_probability" and self.beta >= 0 else math.inf
+
     def given(self, prompt_ids: Sequence[int], prompt: str) -> Potential:
         if not self.with_prompt:
             return self
@@ -466,6 +493,10 @@ class Continuation(Potential):
             eos_token_id=self.eos_token_id,
             batch_size=self.batch_size,
         )
+
+    @property
+    def log_bound(self) -> float:
+        return 0.0
 
     def log_phi(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
         values = [-math.inf] * len(token_ids)

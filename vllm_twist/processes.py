@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+#: Where launchers say how many processes they started: torch.distributed's, and several of MPI.
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 class Processes:
     """This process among those that ``accelerate launch`` started, or alone."""
@@ -20,15 +23,15 @@ class Processes:
             ValueError: there are others, but accelerate is not installed.
         """
         self._accelerator: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHED):
             try:
                 from accelerate import Accelerator
             except ImportError as error:
                 raise ValueError(
-                    "`WORLD_SIZE` must be 1 without accelerate, which is not installed: pip install "
+                    "training in several processes needs accelerate, which is not installed: pip install "
                     "'vllm-twist[accelerate]'."
                 ) from error
-            self._accelerator = Accelerator()
+            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.world: int = self._accelerator.num_processes if self._accelerator else 1
         self.rank: int = self._accelerator.process_index if self._accelerator else 0
         self.is_main = self.rank == 0

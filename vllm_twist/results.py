@@ -29,6 +29,22 @@ class Particle:
 
 
 @dataclass(frozen=True)
+class TraceStep:
+    """One token of a group's life, by particle (its place in the group, 0 to K-1).
+
+    Attributes:
+        ancestors: whose child each particle became before it drew the token, its own index where it
+            went on; None for particles that had ended.
+        log_w: log weights after the step (nats); None for particles that had ended.
+        resampled: whether the group was resampled.
+    """
+
+    ancestors: list[int | None]
+    log_w: list[float | None]
+    resampled: bool
+
+
+@dataclass(frozen=True)
 class TwistResult:
     """One completion's group of particles, as the engine left it.
 
@@ -40,6 +56,7 @@ class TwistResult:
         num_resamplings: how often the group was resampled.
         chosen: index of the particle whose tokens are the completion, drawn by final weight.
         particles: every particle where ``twist_return_particles`` asked for them, else None.
+        trace: every step where ``twist_trace`` asked for them, else None.
     """
 
     log_z: float
@@ -47,6 +64,7 @@ class TwistResult:
     num_resamplings: int
     chosen: int
     particles: list[Particle] | None = None
+    trace: list[TraceStep] | None = None
 
 
 def results(output: Any) -> list[TwistResult]:
@@ -69,12 +87,13 @@ def results(output: Any) -> list[TwistResult]:
     for entry in entries:
         if "error" in entry:
             raise RuntimeError(entry["error"])
-        particles = entry.get("particles")
+        particles, trace = entry.get("particles"), entry.get("trace")
         parsed.append(
             TwistResult(
                 **{
                     **entry,
                     "particles": None if particles is None else [_particle(p) for p in particles],
+                    "trace": None if trace is None else [_trace_step(step) for step in trace],
                 }
             )
         )
@@ -85,3 +104,12 @@ def _particle(values: dict[str, Any]) -> Particle:
     log_weight = values["log_weight"]
     # JSON has no -inf.
     return Particle(**{**values, "log_weight": float("-inf") if log_weight is None else log_weight})
+
+
+def _trace_step(values: dict[str, Any]) -> TraceStep:
+    ancestors, log_w = values["ancestors"], values["log_w"]
+    return TraceStep(
+        ancestors,
+        [float("-inf") if w is None and a is not None else w for a, w in zip(ancestors, log_w, strict=True)],
+        values["resampled"],
+    )

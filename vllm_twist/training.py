@@ -574,10 +574,12 @@ class TwistTrainer:
             path,
             self.head,
             end_ids=self.end_ids,
-            max_model_len=longest + self.config.max_tokens + self.config.condition_tokens,
-            max_num_seqs=max(particles, min(at_once, MAX_NUM_SEQS)),
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            **self._engine_args,
+            **{
+                "max_model_len": longest + self.config.max_tokens + self.config.condition_tokens,
+                "max_num_seqs": max(particles, min(at_once, MAX_NUM_SEQS)),
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                **self._engine_args,
+            },
         )
 
     # -- Checkpoints

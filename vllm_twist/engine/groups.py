@@ -97,6 +97,8 @@ class Group:
     parked: bool = True
     entering: bool = True
     num_resamplings: int = 0
+    #: Per token of the output: what became of each lane, where the request asked for it.
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     #: Fields of the leader's own outputs that belong into the group's one output.
     prefill_stats: Any = None
     events: list[Any] = field(default_factory=list)
@@ -114,6 +116,15 @@ class Group:
     def done(self) -> bool:
         """Whether every particle has ended."""
         return self.forked and not any(lane.live for lane in self.lanes.values())
+
+    def record(self, lane: int, position: int, ancestor: int, log_w: float, resampled: bool) -> None:
+        """Note what a step did to a lane."""
+        nobody: list[Any] = [None] * self.settings.particles
+        step = self.steps.setdefault(
+            position, {"ancestors": list(nobody), "log_w": list(nobody), "resampled": resampled}
+        )
+        step["ancestors"][lane] = ancestor
+        step["log_w"][lane] = log_w if math.isfinite(log_w) else None
 
     def reweigh(self, log_phi: list[float]) -> None:
         """Put phi in the place of psi at each particle's last token, in the order of the lanes."""
@@ -176,4 +187,5 @@ class Group:
             "num_resamplings": self.num_resamplings,
             "chosen": chosen,
             "particles": particles,
+            **({"trace": [self.steps[position] for position in sorted(self.steps)]} if self.settings.trace else {}),
         }

@@ -422,6 +422,11 @@ class TwistSchedulerMixin(_Base):
                 lane.logprobs.append(step.logprobs[lane_id])
             if step.resampled[i]:
                 resampled[group.id] = group
+            if group.settings.trace:
+                index = {lane: k for k, lane in enumerate(group.lanes)}
+                ancestor = index[step.lane_ids[step.ancestors[i]]]
+                position = lane.request.num_output_tokens + 1
+                group.record(index[lane_id], position, ancestor, lane.log_w, step.resampled[i])
             if math.isnan(lane.log_w) or lane.log_w == math.inf:
                 wrong[group.id] = group
         for group in resampled.values():
