@@ -29,7 +29,8 @@ setup(
         "xformers": ["xformers"],
         "accelerate": ["accelerate"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest==9.2.0", "openai", "accelerate", "tensorboard", "ruff==0.17.6", "mypy==2.4.1"],
+        "plot": ["matplotlib"],
+        "test": ["pytest==9.2.0", "openai", "accelerate", "tensorboard", "matplotlib", "ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={
         "console_scripts": ["vllm-twist = vllm_twist.cli:main"],

@@ -9,37 +9,14 @@ and one plain request with n = K. Repeats alternate between the two.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-MODEL = "models/tiny-reviews"
-HEAD = "models/tiny-reviews-positive"
-
-
-def hardware() -> str:
-    """Return the GPU's name, or the CPU's with its number of cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def versions() -> str:
-    return " ".join(f"{name} {metadata.version(name)}" for name in ("vllm", "torch", "vllm-twist"))
+from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, spread, versions
 
 
 def measure(
@@ -97,10 +74,9 @@ def main() -> None:
     print(f"{'K':>4}  {'plain n=K tok/s':>24}  {'twisted tok/s':>24}  {'ratio':>6}   (median, quartiles)")
     for particles in args.particles:
         rates = measure(llm, "I bought this", particles=particles, max_tokens=args.max_tokens, repeats=args.repeats)
-        quartiles = {name: statistics.quantiles(values, n=4) for name, values in rates.items()}
-        ratio = quartiles["twisted"][1] / quartiles["plain"][1]
-        cells = [f"{q[1]:9.0f} ({q[0]:.0f}-{q[2]:.0f})" for q in (quartiles["plain"], quartiles["twisted"])]
-        print(f"{particles:>4}  {cells[0]:>24}  {cells[1]:>24}  {ratio:>6.2f}")
+        parts = {name: quartiles(values) for name, values in rates.items()}
+        ratio = parts["twisted"][1] / parts["plain"][1]
+        print(f"{particles:>4}  {spread(rates['plain']):>24}  {spread(rates['twisted']):>24}  {ratio:>6.2f}")
         if args.csv:
             append_row(
                 args.csv,
@@ -114,23 +90,12 @@ def main() -> None:
                     "max_tokens": args.max_tokens,
                     **{
                         f"{name}_tokens_per_s_{part}": round(value)
-                        for name, q in quartiles.items()
+                        for name, q in parts.items()
                         for part, value in zip(("q25", "median", "q75"), q, strict=True)
                     },
                     "ratio": round(ratio, 3),
                 },
             )
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file, with a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.bench_generate import append_row, hardware, versions
+from benchmarks.report import append_row, hardware, versions
 from vllm_twist.kernels import ops, reference
 
 

@@ -20,7 +20,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from tqdm import tqdm
 
-from benchmarks.bench_generate import HEAD, MODEL, hardware, measure, versions
+from benchmarks.bench_generate import measure
+from benchmarks.report import HEAD, MODEL, hardware, versions
 from vllm_twist import results
 
 PROMPTS = ["I bought this", "The battery", "After two weeks", "My daughter"]

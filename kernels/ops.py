@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Advance, Groups, Lanes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTS = (torch.int32, torch.int64)
@@ -66,19 +67,28 @@ def _check(
 
 
 def _check_rows(
-    logits: Tensor, log_psi: Tensor | None, inverse_temperature: Tensor | None, scale: Tensor | None
-) -> None:
+    logits: Tensor,
+    log_psi: Tensor | None,
+    inverse_temperature: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+) -> int:
+    """Check what the two passes over the vocabulary have in common; return N."""
     device = logits.device
     _check("logits", logits, (None, None), FLOATS, device, "pass one row of logits per lane", dense=True)
-    rows, vocab = logits.shape
+    n, vocab = logits.shape
     if vocab == 0:
         raise ValueError("`logits` must hold at least one token, got a vocabulary of 0: pass [N, V] with V >= 1.")
+    if rows is not None:
+        _check("rows", rows, (None,), (torch.int64,), device, "pass a row of the logits per row of the twist")
+        n = len(rows)
     if log_psi is not None:
         remedy = "pass log psi of every token, or None for no twist"
-        _check("log_psi", log_psi, (rows, vocab), FLOATS, device, remedy, dense=True)
+        _check("log_psi", log_psi, (n, vocab), FLOATS, device, remedy, dense=True)
     for name, x in (("inverse_temperature", inverse_temperature), ("scale", scale)):
         if x is not None:
-            _check(name, x, (rows,), (torch.float32,), device, "pass one value per row, or None for 1")
+            _check(name, x, (n,), (torch.float32,), device, "pass one value per row, or None for 1")
+    return n
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
@@ -91,21 +101,24 @@ def twist_softmax(
     log_psi: Tensor | None,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return (lse0, lse_psi), float32 [N]: the log-sums of the base and of the twisted logits.
 
-        x[i, v]    = beta[i] * logits[i, v]
+        x[i, v]    = beta[i] * logits[rows[i], v]
         g[i, v]    = scale[i] * log_psi[i, v]                     0 where scale[i] is 0
         lse0[i]    = log sum_v exp(x[i, v])
         lse_psi[i] = log sum_v exp(x[i, v] + g[i, v])             log Z^pi = lse_psi - lse0 (Zhao et al. 2024, Eq. 15)
 
     Args:
-        logits: bfloat16, float16 or float32 [N, V], any row stride; -inf where a token is forbidden.
-        log_psi: the same, of its own type and stride, in nats; None for a twist of one.
+        logits: bfloat16, float16 or float32 [M, V], any row stride; -inf where a token is forbidden.
+        log_psi: the same [N, V], of its own type and stride, in nats; None for a twist of one.
         inverse_temperature: beta > 0, float32 [N]; None is 1.
         scale: float32 [N]; None is 1.
+        rows: the logits' row of each row of the twist, int64 [N], so that lanes need not be gathered out of a
+            batch; None is the same row (M = N).
         backend: "auto", "triton" or "torch".
 
     A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one
@@ -114,12 +127,12 @@ def twist_softmax(
     Raises:
         ValueError: a type, shape, device or backend that does not fit.
     """
-    _check_rows(logits, log_psi, inverse_temperature, scale)
+    _check_rows(logits, log_psi, inverse_temperature, scale, rows)
     if not _triton(backend, logits.device):
-        return reference.twist_softmax(logits, log_psi, inverse_temperature, scale)
+        return reference.twist_softmax(logits, log_psi, inverse_temperature, scale, rows)
     from . import twist_softmax as fused
 
-    return fused.twist_softmax(logits, log_psi, *_dense(inverse_temperature, scale))
+    return fused.twist_softmax(logits, log_psi, *_dense(inverse_temperature, scale, rows))
 
 
 def twist_sample(
@@ -130,6 +143,7 @@ def twist_sample(
     keys: Tensor,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,9 +155,9 @@ def twist_sample(
         log_psi[i] = g[a, token[i]]
 
     Args:
-        logits, log_psi, inverse_temperature, scale: rows [N, V], as in ``twist_softmax``.
+        logits, log_psi, inverse_temperature, scale, rows: as in ``twist_softmax``.
         lse0: its first result, float32 [N].
-        ancestors: row to draw from, int64 [L]; None draws lane i from row i (then L = N).
+        ancestors: row of the twist to draw from, int64 [L]; None draws lane i from row i (then L = N).
         keys: one key per lane, int64 [L] (``reference.at_position``).
         backend: "auto", "triton" or "torch".
 
@@ -157,18 +171,17 @@ def twist_sample(
     Raises:
         ValueError: a type, shape, device or backend that does not fit.
     """
-    _check_rows(logits, log_psi, inverse_temperature, scale)
-    device, rows = logits.device, len(logits)
-    _check("lse0", lse0, (rows,), (torch.float32,), device, "pass what twist_softmax returned")
-    lanes = (rows if ancestors is None else None,)
+    n, device = _check_rows(logits, log_psi, inverse_temperature, scale, rows), logits.device
+    _check("lse0", lse0, (n,), (torch.float32,), device, "pass what twist_softmax returned")
+    lanes = (n if ancestors is None else None,)
     _check("keys", keys, lanes, (torch.int64,), device, "pass one key per lane, from at_position")
     if ancestors is not None:
         _check("ancestors", ancestors, (len(keys),), (torch.int64,), device, "pass one row index per lane")
     if not _triton(backend, device):
-        return reference.twist_sample(logits, log_psi, lse0, ancestors, keys, inverse_temperature, scale)
+        return reference.twist_sample(logits, log_psi, lse0, ancestors, keys, inverse_temperature, scale, rows)
     from . import twist_softmax as fused
 
-    return fused.twist_sample(logits, log_psi, *_dense(lse0, ancestors, keys, inverse_temperature, scale))
+    return fused.twist_sample(logits, log_psi, *_dense(lse0, ancestors, keys, inverse_temperature, scale, rows))
 
 
 def resample(
@@ -178,6 +191,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,6 +209,8 @@ def resample(
         thresholds: float32 or float64 [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``reference.SCHEMES``.
         uniforms: float32 or float64 [G, K] on [0, 1].
+        pinned: bool [G], groups whose lane 0 keeps itself while the others resample conditionally on it
+            (``reference.resample``); with multinomial or residual resampling only.
         backend: "auto", "triton" (K up to 1,024) or "torch".
 
     Returns:
@@ -217,15 +233,123 @@ def resample(
     _check("thresholds", thresholds, (groups,), reals, device, "pass one threshold per group")
     _check("schemes", schemes, (groups,), (torch.int64,), device, "pass one code of reference.SCHEMES per group")
     _check("uniforms", uniforms, (groups, lanes), reals, device, "pass counter_uniforms(keys, K)")
+    if pinned is not None:
+        _check(
+            "pinned", pinned, (groups,), (torch.bool,), device, "pass one flag per group, or None for no pinned lane"
+        )
     if not _triton(backend, device):
-        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)
+        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms, pinned)
     if lanes > MAX_LANES:
         raise ValueError(
             f"`log_w` must have at most {MAX_LANES} lanes per group for Triton, got {lanes}: pass backend='torch'."
         )
     from . import resample as fused
 
-    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms))
+    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms, pinned))
+
+
+def _check_state(lanes: Lanes, device: torch.device) -> None:
+    slots = (len(lanes.log_w),)
+    types = (torch.float64, torch.float64, torch.float32, torch.int32, torch.int32, torch.bool, torch.int64)
+    for name, x, dtype in zip(Lanes._fields[:-1], lanes, types, strict=False):
+        _check(f"lanes.{name}", x, slots, (dtype,), device, "pass one value per slot", dense=True)
+    remedy = "pass the tokens that end each lane, -1 for none"
+    _check("lanes.stops", lanes.stops, (*slots, None), (torch.int32,), device, remedy, dense=True)
+    width = lanes.stops.shape[1]
+    if width & (width - 1) or width == 0 or not lanes.stops.is_contiguous():
+        raise ValueError(
+            "`lanes.stops` must be contiguous and hold a power of two of tokens per slot, got "
+            f"{list(lanes.stops.shape)} with strides {list(lanes.stops.stride())}: fill it up with -1."
+        )
+
+
+def advance(
+    lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi: Tensor, *, backend: str = "auto"
+) -> Advance:
+    """Weigh the lanes in the batch by the token about to be drawn, and resample the groups that need it.
+
+        here      = the members of a group that are in the batch and have not ended
+        position += 1,  log_w += lse_psi - lse0 - log_psi           here      (Zhao et al. 2024, Prop. 3.3)
+        allowed   = all live members are here, at one position t with 1 < t < last
+        ancestors, log_w = resample(log_w, here, allowed, ...)                with counter_uniforms of the group's key
+
+    Args:
+        lanes: the state by slot; ``log_w`` and ``position`` are updated in place.
+        groups: every lane in the batch is a member of one of them.
+        row_of: index of each slot's lane in the batch, int32 [R], -1 where it is not in it.
+        lse0, lse_psi: of each lane in the batch, float32 [L] (``twist_softmax``).
+        backend: "auto", "triton" (K up to 1,024) or "torch".
+
+    Returns:
+        ancestors, keys for the draw, log p0 of the ancestors and whether their group resampled, [L] each.
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    device = lse0.device
+    _check_state(lanes, device)
+    _check(
+        "groups.members", groups.members, (None, None), (torch.int32,), device, "pass slots, -1 for none", dense=True
+    )
+    count, width = groups.members.shape
+    types = (torch.int32, torch.float64, torch.int64, torch.int64, torch.bool)
+    for name, x, dtype in zip(Groups._fields[1:], groups[1:], types, strict=True):
+        if x is not None:
+            _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
+    _check("row_of", row_of, (len(lanes.log_w),), (torch.int32,), device, "pass a row per slot, or -1", dense=True)
+    _check("lse0", lse0, (None,), (torch.float32,), device, "pass what twist_softmax returned")
+    _check("lse_psi", lse_psi, (len(lse0),), (torch.float32,), device, "pass what twist_softmax returned")
+    if not _triton(backend, device):
+        return reference.advance(lanes, groups, row_of, lse0, lse_psi)
+    if width > MAX_LANES:
+        raise ValueError(
+            f"`groups.members` must have at most {MAX_LANES} lanes per group for Triton, got {width}: pass "
+            "backend='torch'."
+        )
+    from . import advance as fused
+
+    return fused.advance(lanes, groups, row_of, *_dense(lse0, lse_psi))
+
+
+def settle(
+    lanes: Lanes,
+    slots: Tensor,
+    moved: Advance,
+    token: Tensor,
+    log_p: Tensor,
+    log_psi: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Record the token that each lane has drawn; return a report, float64 [len(reference.REPORT), L].
+
+        log_p   = that of the ancestor + log p0(token)
+        log_psi = log psi(token)                             0 where that is not finite: the weight is zero, or NaN
+        ended   = token in stops  or  position = last
+
+    A lane that had ended before stays as it is.
+
+    Args:
+        lanes: the state by slot; ``log_p``, ``log_psi`` and ``ended`` are updated in place.
+        slots: of the lanes in the batch, int64 [L], no two alike.
+        moved: what ``advance`` returned.
+        token, log_p, log_psi: int64, float32 and float32 [L] (``twist_sample``).
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: a type, shape, device or backend that does not fit.
+    """
+    device = token.device
+    _check_state(lanes, device)
+    _check("slots", slots, (None,), (torch.int64,), device, "pass the slot of each lane in the batch", dense=True)
+    values = (("token", token, torch.int64), ("log_p", log_p, torch.float32), ("log_psi", log_psi, torch.float32))
+    for name, x, dtype in values:
+        _check(name, x, (len(slots),), (dtype,), device, "pass what twist_sample returned", dense=True)
+    if not _triton(backend, device):
+        return reference.settle(lanes, slots, moved, token, log_p, log_psi)
+    from . import advance as fused
+
+    return fused.settle(lanes, slots, moved, token, log_p, log_psi)
 
 
 class BlockSegments(NamedTuple):

@@ -8,6 +8,7 @@ runs on any device without leaving it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,10 +75,14 @@ def counter_uniforms(keys: Tensor, n: int) -> Tensor:
 
 
 def _scaled(
-    logits: Tensor, log_psi: Tensor | None, inverse_temperature: Tensor | None, scale: Tensor | None
+    logits: Tensor,
+    log_psi: Tensor | None,
+    inverse_temperature: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return float32 logits and twists as they enter p0 and psi; a scale of zero is no twist, whatever log psi."""
-    logits = logits.float()
+    logits = (logits if rows is None else logits[rows]).float()
     if inverse_temperature is not None:
         logits = logits * inverse_temperature[:, None]
     if log_psi is not None:
@@ -92,21 +97,23 @@ def twist_softmax(
     log_psi: Tensor | None,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (lse0, lse_psi), float32 [N]: the log-sums of the base and of the twisted logits.
 
-        lse0[i]    = log sum_v exp(beta[i] * logits[i, v])
-        lse_psi[i] = log sum_v exp(beta[i] * logits[i, v] + scale[i] * log_psi[i, v])
+        lse0[i]    = log sum_v exp(beta[i] * logits[r, v])                                with r = rows[i]
+        lse_psi[i] = log sum_v exp(beta[i] * logits[r, v] + scale[i] * log_psi[i, v])
 
     Args:
-        logits: base logits [N, V], -inf where a token is forbidden.
+        logits: base logits [M, V], -inf where a token is forbidden.
         log_psi: log twist values [N, V] in nats, or None for a twist of one everywhere.
         inverse_temperature: beta > 0 of each row, float32 [N]; None is 1 everywhere.
         scale: exponent of each row's twist, float32 [N]; None is 1 everywhere.
+        rows: row of the logits that belongs to each row of the twist, int64 [N]; None is the same (M = N).
 
     ``lse_psi - lse0`` is log Z^pi of the twist-induced proposal (Zhao et al. 2024, Eq. 15).
     """
-    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale)
+    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale, rows)
     lse0 = torch.logsumexp(logits, dim=-1)
     if log_psi is None:
         return lse0, lse0
@@ -121,26 +128,27 @@ def twist_sample(
     keys: Tensor,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per lane from the twist-induced proposal of the lane's ancestor.
 
-        token[i] ~ softmax(beta[a] * logits[a] + scale[a] * log_psi[a])   with a = ancestors[i]   (Eq. 14)
+        token[i] ~ softmax(beta[a] * logits[r] + scale[a] * log_psi[a])   with a = ancestors[i], r = rows[a]   (Eq. 14)
 
     Gumbel-max with the counter noise of ``keys``: lanes that share an ancestor draw different
     tokens.
 
     Args:
-        logits: [N, V].
+        logits: [M, V].
         log_psi: [N, V], or None for a twist of one everywhere.
         lse0: log-sum of ``beta * logits``, [N].
         ancestors: row to draw from, int64 [N]; None draws every lane from its own.
         keys: one key per lane, int64 [N] (``at_position``).
-        inverse_temperature, scale: of each row, as in ``twist_softmax``.
+        inverse_temperature, scale, rows: of each row, as in ``twist_softmax``.
 
     Returns:
         token int64 [N], log p0(token) [N], log psi(token) [N].
     """
-    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale)
+    logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale, rows)
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
     noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
     noise.add_(logits if ancestors is None else logits[ancestors])
@@ -177,8 +185,15 @@ def _invert(cumulative: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     return torch.minimum(index, last).clamp_(min=0)
 
 
-def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor) -> Tensor:
-    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes."""
+def _offspring(
+    weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor, pinned: Tensor | None = None
+) -> Tensor:
+    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes.
+
+    In a pinned group the law is weighted by the children of lane 0, as ``resample`` says. Those
+    are ``sure`` ones and hits among ``draws`` points: with probability sure / (n w) they already
+    carry the weighting, else the first point is lane 0's.
+    """
     n = live.sum(-1, keepdim=True)
     # A live lane's place among the live ones, 0..n-1.
     rank = live.cumsum(-1) - 1
@@ -193,7 +208,15 @@ def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor)
         torch.where(scheme == STRATIFIED, (rank + uniforms) / n, uniforms),
     )
     total = rest.sum(-1, keepdim=True)
+    if pinned is not None:
+        held = (pinned & live[:, 0])[:, None]
+        share = sure[:, :1] / torch.where(expected[:, :1] > 0, expected[:, :1], 1.0)
+        forced = held & (uniforms[:, :1] >= share)
+        # What is left of the uniform is one again.
+        points[:, :1] = torch.where(held & ~forced, uniforms[:, :1] / share, points[:, :1])
     chosen = _invert(rest.cumsum(-1), points * total, rest)
+    if pinned is not None:
+        chosen[:, :1] = torch.where(forced, 0, chosen[:, :1])
     drawn = (live & (rank < draws)).to(torch.int64)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 
@@ -222,6 +245,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Resample the live lanes of every group whose weights have become too uneven.
 
@@ -239,6 +263,11 @@ def resample(
         thresholds: [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``SCHEMES``.
         uniforms: [G, K] on [0, 1]; systematic uses the first of each row only.
+        pinned: bool [G], groups whose lane 0 carries a given particle: while it lives it keeps itself,
+            and the others resample conditionally on that (conditional SMC; Zhao et al. 2024, Alg. 2).
+            P(children) is then P_scheme(children) * children of lane 0 / (n * weight of lane 0): for
+            multinomial, n - 1 draws from all. Multinomial and residual only: the others depend on the
+            order of the lanes, and lane 0 would have to change its place.
 
     Returns:
         ancestors int64 [G, K] (a lane's own index where nothing changes), the new log_w [G, K],
@@ -251,7 +280,7 @@ def resample(
     masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
     lse = torch.logsumexp(masked, -1, keepdim=True)
     weights = torch.where(torch.isfinite(ess)[:, None], torch.exp(masked - lse), 0.0)
-    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64))
+    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64), pinned)
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)
     orphan = live & (counts == 0)
@@ -265,6 +294,140 @@ def resample(
         ess.to(log_w.dtype),
         resampled,
     )
+
+
+class Lanes(NamedTuple):
+    """SMC state of R slots, some of which hold a lane.
+
+    Attributes:
+        log_w: log weights, float64 [R] (nats).
+        log_p: sum of log p0 over the tokens drawn, float64 [R].
+        log_psi: log psi of the last token drawn, float32 [R].
+        position: index of the last token drawn, from 1, int32 [R]; 0 before the first.
+        last: index of the last token that the lane may draw, int32 [R].
+        ended: whether the particle has ended, bool [R].
+        keys: of ``lane_keys``, for the tokens, int64 [R].
+        stops: tokens that end a particle, int32 [R, S], filled up with -1.
+    """
+
+    log_w: Tensor
+    log_p: Tensor
+    log_psi: Tensor
+    position: Tensor
+    last: Tensor
+    ended: Tensor
+    keys: Tensor
+    stops: Tensor
+
+
+class Groups(NamedTuple):
+    """G groups of at most K lanes each.
+
+    Attributes:
+        members: slot of each lane, by its index in the group, int32 [G, K]; -1 where there is none.
+        sizes: how many lanes each group has, ended ones that are members included, int32 [G]. A
+            group with fewer members is not all there.
+        thresholds: of the ESS, as a fraction of the live lanes, float64 [G].
+        schemes: codes into ``SCHEMES``, int64 [G].
+        keys: of ``lane_keys``, for resampling, int64 [G].
+        pinned: whether lane 0 carries a given particle, bool [G] (``resample``); None where it never does.
+    """
+
+    members: Tensor
+    sizes: Tensor
+    thresholds: Tensor
+    schemes: Tensor
+    keys: Tensor
+    pinned: Tensor | None = None
+
+
+class Advance(NamedTuple):
+    """What ``advance`` decided for the L lanes in the batch.
+
+    Attributes:
+        ancestors: whose child each lane becomes, int64 [L]; its own index where it survives.
+        keys: for the lane's next token, int64 [L].
+        log_p: sum of log p0 over the ancestor's tokens, float64 [L].
+        resampled: whether the lane's group resampled, bool [L].
+    """
+
+    ancestors: Tensor
+    keys: Tensor
+    log_p: Tensor
+    resampled: Tensor
+
+
+def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi: Tensor) -> Advance:
+    """Weigh the lanes in the batch by the token about to be drawn, and resample the groups that need it.
+
+        here      = the members in the batch that have not ended
+        position += 1,  log_w += lse_psi - lse0 - log_psi           here      (Zhao et al. 2024, Prop. 3.3)
+        allowed   = all live members are here, at one position t with 1 < t < last
+        ancestors, log_w = resample(log_w, here, allowed, ...)
+
+    Args:
+        lanes: updated in place: ``log_w`` and ``position``.
+        groups: every lane in the batch is a member of one of them.
+        row_of: index of each slot's lane in the batch, int32 [R], -1 where it is not in it.
+        lse0, lse_psi: of each lane in the batch, float32 [L] (``twist_softmax``).
+    """
+    slot, member = groups.members.long().clamp(min=0), groups.members >= 0
+    row = torch.where(member, row_of[slot].long(), -1)
+    ended = member & lanes.ended[slot]
+    here = (row >= 0) & ~ended
+    step = (lse_psi - lse0)[row.clamp(min=0)] - lanes.log_psi[slot]
+    log_w = lanes.log_w[slot] + torch.where(here, step, 0.0)
+    position = lanes.position[slot] + here
+    highest = torch.where(here, position, 0).amax(-1)
+    lowest = torch.where(here, position, highest[:, None]).amin(-1)
+    last = torch.where(here, lanes.last[slot], 0).amax(-1)
+    complete = here.sum(-1) + ended.sum(-1) == groups.sizes
+    allowed = complete & (lowest == highest) & (lowest > 1) & (lowest < last)
+    uniforms = counter_uniforms(at_position(groups.keys, lowest.long()), slot.shape[-1])
+    parent, log_w, _, resampled = resample(
+        log_w, here, allowed, groups.thresholds, groups.schemes, uniforms, groups.pinned
+    )
+    lanes.log_w[slot[here]] = log_w[here]
+    lanes.position[slot[here]] = position[here]
+
+    batch = torch.zeros(len(lse0), dtype=torch.int64, device=lse0.device)
+    inside = row >= 0
+    at = row[inside]
+    return Advance(
+        batch.scatter(0, at, row.gather(-1, parent)[inside]),
+        batch.scatter(0, at, at_position(lanes.keys[slot], position.long())[inside]),
+        batch.double().scatter(0, at, lanes.log_p[slot.gather(-1, parent)][inside]),
+        batch.bool().scatter(0, at, (resampled[:, None] & here)[inside]),
+    )
+
+
+#: Rows of the report of ``settle``.
+REPORT = ("ancestors", "log_w", "log_p", "log_psi", "resampled")
+
+
+def settle(lanes: Lanes, slots: Tensor, moved: Advance, token: Tensor, log_p: Tensor, log_psi: Tensor) -> Tensor:
+    """Record the token that each lane has drawn; return a report, float64 [len(REPORT), L].
+
+        log_p   = that of the ancestor + log p0(token)
+        log_psi = log psi(token)                             0 where that is not finite: the weight is zero, or NaN
+        ended   = token in stops  or  position = last
+
+    A lane that had ended before stays as it is.
+
+    Args:
+        lanes: updated in place: ``log_p``, ``log_psi`` and ``ended``.
+        slots: of the lanes in the batch, int64 [L], no two alike.
+        moved: what ``advance`` returned.
+        token, log_p, log_psi: int64, float32 and float32 [L] (``twist_sample``).
+    """
+    before = lanes.ended[slots]
+    lanes.log_p[slots] = torch.where(before, lanes.log_p[slots], moved.log_p + log_p)
+    log_psi = torch.nan_to_num(log_psi, nan=0.0, posinf=0.0, neginf=0.0)
+    lanes.log_psi[slots] = torch.where(before, lanes.log_psi[slots], log_psi)
+    stopped = (lanes.stops[slots] == token[:, None]).any(-1)
+    lanes.ended[slots] = before | stopped | (lanes.position[slots] >= lanes.last[slots])
+    columns = moved.ancestors, lanes.log_w[slots], lanes.log_p[slots], lanes.log_psi[slots], moved.resampled
+    return torch.stack([column.double() for column in columns])
 
 
 def fork_rows(

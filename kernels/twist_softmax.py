@@ -82,6 +82,14 @@ def _weighted(log_psi, scale):
 
 
 @triton.jit
+def _row_of(rows, row):
+    """Return the row of the logits that belongs to a row of the twist."""
+    if rows is not None:
+        row = tl.load(rows + row)
+    return row
+
+
+@triton.jit
 def _fold_tile(base, twist, mask, beta, scale, peak0, total0, peak1, total1, TWISTED: tl.constexpr):
     """Load one tile and add it to the base and to the twisted sums; ``mask`` is None for a full tile."""
     # Both loads first: they are in flight together.
@@ -116,6 +124,7 @@ def softmax_pieces_kernel(
     log_psi,
     inverse_temperature,
     scale,
+    rows,
     peak0,
     total0,
     peak1,
@@ -153,7 +162,7 @@ def softmax_pieces_kernel(
     if scale is not None:
         s = tl.load(scale + row)
 
-    begin = row * logits_stride + logits_shift
+    begin = _row_of(rows, row) * logits_stride + logits_shift
     base = logits + begin // VEC * VEC
     if ALIGNED:
         lead = 0
@@ -231,18 +240,19 @@ def twist_softmax(
     log_psi: Tensor | None,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (lse0, lse_psi) as ``reference.twist_softmax`` does, in one pass over the vocabulary."""
-    rows, vocab = logits.shape
-    n_pieces, share = pieces(rows, vocab, SOFTMAX_TILE, logits.device)
+    n, vocab = len(logits if rows is None else rows), logits.shape[1]
+    n_pieces, share = pieces(n, vocab, SOFTMAX_TILE, logits.device)
     twisted = log_psi is not None
-    outputs = torch.empty(2 if twisted else 1, rows, dtype=torch.float32, device=logits.device)
+    outputs = torch.empty(2 if twisted else 1, n, dtype=torch.float32, device=logits.device)
     lse0, lse_psi = outputs[0], outputs[-1]
-    if rows == 0:
+    if n == 0:
         return lse0, lse_psi
     sums: tuple[Tensor | None, ...] = lse0, None, lse_psi, None
     if n_pieces > 1:
-        sums = torch.empty(4, rows, n_pieces, dtype=torch.float32, device=logits.device).unbind()
+        sums = torch.empty(4, n, n_pieces, dtype=torch.float32, device=logits.device).unbind()
 
     logits, shift0 = _from_aligned(logits)
     stride0, shift1, stride1 = logits.stride(0), 0, 0
@@ -252,12 +262,14 @@ def twist_softmax(
         log_psi, shift1 = _from_aligned(log_psi)
         stride1 = log_psi.stride(0)
         vec = max(vec, 16 // log_psi.element_size())
-        alike = (shift0 - shift1) % vec == 0 and (rows == 1 or (stride0 - stride1) % vec == 0)
-    softmax_pieces_kernel[(rows * n_pieces,)](
+        even = (stride0 - stride1) % vec == 0 if rows is None else stride0 % vec == stride1 % vec == 0
+        alike = (shift0 - shift1) % vec == 0 and (n == 1 and rows is None or even)
+    softmax_pieces_kernel[(n * n_pieces,)](
         logits,
         log_psi,
         inverse_temperature,
         scale,
+        rows,
         *sums,
         stride0,
         stride1,
@@ -266,7 +278,7 @@ def twist_softmax(
         vocab,
         n_pieces,
         share,
-        ALIGNED=shift0 % vec == 0 and (rows == 1 or stride0 % vec == 0),
+        ALIGNED=shift0 % vec == 0 and (n == 1 and rows is None or stride0 % vec == 0),
         ALIKE=alike,
         FINAL=n_pieces == 1,
         TILE=SOFTMAX_TILE,
@@ -275,7 +287,7 @@ def twist_softmax(
         **OPTIONS,
     )
     if n_pieces > 1:
-        softmax_merge_kernel[(rows,)](
+        softmax_merge_kernel[(n,)](
             *sums,
             lse0,
             lse_psi,
@@ -322,10 +334,10 @@ def _gumbel(u):
 
 @triton.jit
 def _finish_draw(
-    token, lane, row, logits, log_psi, lse0, beta, s, logits_stride, log_psi_stride, tokens, log_ps, log_psis
+    token, lane, row, logits, log_psi, lse0, beta, s, rows, logits_stride, log_psi_stride, tokens, log_ps, log_psis
 ):
     """Store the token of a lane with its log p0 and log psi."""
-    log_p = tl.load(logits + row * logits_stride + token).to(tl.float32) * beta - tl.load(lse0 + row)
+    log_p = tl.load(logits + _row_of(rows, row) * logits_stride + token).to(tl.float32) * beta - tl.load(lse0 + row)
     tl.store(tokens + lane, token.to(tl.int64))
     tl.store(log_ps + lane, log_p)
     if log_psi is not None:
@@ -342,6 +354,7 @@ def race_kernel(
     scale,
     lse0,
     ancestors,
+    rows,
     keys,
     tokens,
     log_ps,
@@ -379,11 +392,12 @@ def race_kernel(
     # A score that is -inf or NaN never wins, and a race without a winner stands at token 0.
     best = tl.full([], -float("inf"), tl.float32)
     token = tl.full([], 0, tl.int32)
+    base = logits + _row_of(rows, row) * logits_stride
     low = piece * tiles_per_piece * TILE
     for start in range(low, tl.minimum(low + tiles_per_piece * TILE, vocab), TILE):
         at = start + tl.arange(0, TILE)
         mask = at < vocab
-        x = tl.load(logits + row * logits_stride + at, mask=mask, other=-float("inf"))
+        x = tl.load(base + at, mask=mask, other=-float("inf"))
         if log_psi is not None:
             g = tl.load(log_psi + row * log_psi_stride + at, mask=mask, other=0.0)
         u = counter_uniform(key, at)
@@ -406,7 +420,20 @@ def race_kernel(
                 token = tl.min(tl.where(score == top, at, 0x7FFFFFFF), axis=0)
     if FINAL:
         _finish_draw(
-            token, lane, row, logits, log_psi, lse0, beta, s, logits_stride, log_psi_stride, tokens, log_ps, log_psis
+            token,
+            lane,
+            row,
+            logits,
+            log_psi,
+            lse0,
+            beta,
+            s,
+            rows,
+            logits_stride,
+            log_psi_stride,
+            tokens,
+            log_ps,
+            log_psis,
         )
     else:
         tl.store(best_scores + program, best)
@@ -421,6 +448,7 @@ def race_merge_kernel(
     scale,
     lse0,
     ancestors,
+    rows,
     tokens,
     log_ps,
     log_psis,
@@ -448,7 +476,7 @@ def race_merge_kernel(
     winners = tl.load(best_tokens + lane * n_pieces + piece, mask=mask, other=0)
     token = tl.min(tl.where(scores == tl.max(scores, axis=0), winners, 0x7FFFFFFF), axis=0)
     _finish_draw(
-        token, lane, row, logits, log_psi, lse0, beta, s, logits_stride, log_psi_stride, tokens, log_ps, log_psis
+        token, lane, row, logits, log_psi, lse0, beta, s, rows, logits_stride, log_psi_stride, tokens, log_ps, log_psis
     )
 
 
@@ -460,6 +488,7 @@ def twist_sample(
     keys: Tensor,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per lane as ``reference.twist_sample`` does, without writing noise or scores."""
     lanes, vocab, device = len(keys), logits.shape[1], logits.device
@@ -471,7 +500,7 @@ def twist_sample(
     final = n_pieces == 1
     scores = None if final else torch.empty(lanes, n_pieces, dtype=torch.float32, device=device)
     winners = None if final else torch.empty(lanes, n_pieces, dtype=torch.int32, device=device)
-    per_row = logits, log_psi, inverse_temperature, scale, lse0, ancestors
+    per_row = logits, log_psi, inverse_temperature, scale, lse0, ancestors, rows
     strides = logits.stride(0), 0 if log_psi is None else log_psi.stride(0)
     race_kernel[(lanes * n_pieces,)](
         *per_row,

@@ -54,6 +54,7 @@ class Lane:
         request: the engine's ``Request``; its tokens are the particle's.
         log_w: log weight after the last token (nats).
         log_p: sum of log p0 over the particle's tokens.
+        log_psi: log psi of its last token.
         logprobs: per token (token ids, logprobs, rank) where the request asked for logprobs.
         finish_reason, stop_reason: as vLLM reports them, once the particle has ended.
     """
@@ -61,6 +62,7 @@ class Lane:
     request: Any
     log_w: float = 0.0
     log_p: float = 0.0
+    log_psi: float = 0.0
     logprobs: list[tuple[list[int], list[float], int]] = field(default_factory=list)
     finish_reason: Any = None
     stop_reason: int | str | None = None
@@ -83,6 +85,7 @@ class Group:
         lanes: lane id -> lane; the leader alone until the prompt is computed.
         reserve: KV blocks set aside for the other lanes' copies of the partial prompt block.
         parked: preempted or not yet admitted; none of its lanes is in the engine's queues.
+        entering: some of its lanes are yet to be sent to the worker.
     """
 
     leader: Any
@@ -92,6 +95,7 @@ class Group:
     lanes: dict[str, Lane] = field(default_factory=dict)
     reserve: list[Any] = field(default_factory=list)
     parked: bool = True
+    entering: bool = True
     num_resamplings: int = 0
     #: Fields of the leader's own outputs that belong into the group's one output.
     prefill_stats: Any = None
@@ -110,6 +114,17 @@ class Group:
     def done(self) -> bool:
         """Whether every particle has ended."""
         return self.forked and not any(lane.live for lane in self.lanes.values())
+
+    def reweigh(self, log_phi: list[float]) -> None:
+        """Put phi in the place of psi at each particle's last token, in the order of the lanes."""
+        for lane, value in zip(self.lanes.values(), log_phi, strict=True):
+            lane.log_w += value - lane.log_psi
+
+    @property
+    def pinned_is_impossible(self) -> bool:
+        """Whether lane 0 is held to a continuation that has probability or weight zero."""
+        lane = self.lanes[self.id]
+        return self.settings.pinned is not None and -math.inf in (lane.log_p, lane.log_w)
 
     @property
     def num_live(self) -> int:
@@ -150,6 +165,7 @@ class Group:
                     # JSON has no -inf; None stands for it and is read back as such.
                     "log_weight": log_w if math.isfinite(log_w) else None,
                     "log_prob": lane.log_p,
+                    "log_psi": lane.log_psi,
                     "finished": lane.stopped,
                 }
                 for lane, log_w in zip(self.lanes.values(), normalised, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -20,8 +19,15 @@ LANE_KEY = "twist_lane"
 class LaneSpec:
     """What the worker needs to know of a lane; travels in its sampling parameters.
 
-    ``top_k`` and ``top_p`` belong to p0 and are applied here, before the twist, instead of by
-    vLLM's sampler, which would apply them after it.
+    Under Model Runner V1 ``top_k`` and ``top_p``, which belong to p0, are applied here, before the
+    twist, instead of by vLLM's sampler, which would apply them after it. Under V2 that sampler
+    applies them first, and the temperature is divided out here where it can be (``inverse_temperature``).
+
+    ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
+    ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
+
+    ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
+    that lane 0 is held to.
     """
 
     lane_id: str
@@ -35,23 +41,31 @@ class LaneSpec:
     top_k: int = 0
     top_p: float = 1.0
     num_logprobs: int | None = None
+    base_proposal: bool = False
+    pinned: tuple[int, ...] | None = None
+    inverse_temperature: float = 1.0
+    group_size: int = 0
+    log_w: float = 0.0
+    log_p: float = 0.0
+    log_psi: float = 0.0
+    position: int = 0
 
 
 @dataclass
 class TwistStep:
     """What one step did to the lanes in the batch; the scheduler mirrors it.
 
-    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w`` and
-    ``log_p`` hold for the particle each lane carries after the step. ``resampled`` and ``failed``
-    name groups; a failed group has a weight that is NaN or infinite.
+    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w``, ``log_p`` and
+    ``log_psi`` hold for the particle each lane carries after the step; ``resampled`` says of each
+    lane whether its group did.
     """
 
     lane_ids: list[str]
     ancestors: list[int]
     log_w: list[float]
     log_p: list[float]
-    resampled: list[str]
-    failed: list[str]
+    log_psi: list[float]
+    resampled: list[bool]
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
 
     def forks(self) -> list[tuple[str, str]]:
@@ -66,6 +80,20 @@ class TwistStep:
 def _is_low(ess: float, threshold: float, live: int) -> bool:
     """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
     return live >= 2 and ess == ess and (threshold >= 1 or ess < threshold * live)
+
+
+def lineage_logprobs(log_p: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (token ids, log p0, rank) of the drawn token and the ``most`` likely ones, drawn first.
+
+    Args:
+        log_p: log p0 of the ancestors' rows [N, V].
+        token: drawn from them, [N].
+    """
+    drawn = token[:, None]
+    drawn_log_p = log_p.gather(1, drawn)
+    top = log_p.topk(min(most, log_p.shape[-1]), dim=-1)
+    ids, values = torch.cat([drawn, top.indices], dim=1), torch.cat([drawn_log_p, top.values], dim=1)
+    return ids, values, (log_p >= drawn_log_p).sum(-1)
 
 
 class _Layout:
@@ -102,15 +130,26 @@ class _Layout:
             members.setdefault(specs[position].group_id, []).append(position)
         self.groups = members
         self.last = [specs[group[0]].last_position for group in members.values()]
-        width = max(map(len, members.values()))
-        # Slots that a group does not use point at its first lane and are never live.
-        self.members = tensor([group + group[:1] * (width - len(group)) for group in members.values()])
-        self.live = tensor([[i < len(group) for i in range(width)] for group in members.values()], torch.bool)
+        width = 1 + max(spec.index for spec in specs)
+        # Each lane at its own index, whoever else is there; places without one point at the first and are never live.
+        seats = [[group[0]] * width for group in members.values()]
+        live = [[False] * width for _ in members]
+        for seat, taken, group in zip(seats, live, members.values(), strict=True):
+            for position in group:
+                index = specs[position].index
+                seat[index], taken[index] = position, True
+        self.members, self.live = tensor(seats), tensor(live, torch.bool)
         firsts = [specs[group[0]] for group in members.values()]
         self.thresholds = [spec.ess_threshold for spec in firsts]
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
+        self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
+        # Lane 0 of a group is its first member, unless it has ended.
+        pinned = [spec.pinned is not None for spec in firsts]
+        self.pinned = tensor(pinned, torch.bool) if any(pinned) else None
+        base = [spec.base_proposal for spec in specs]
+        self.base_proposal = tensor(base, torch.bool)[:, None] if any(base) else None
         self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
 
 
@@ -130,7 +169,7 @@ class LaneTable:
         self.group_sizes: dict[str, int] = {}
         self._free: list[int] = []
         self._groups: dict[str, str] = {}
-        self.log_w = torch.zeros(0, device=device)
+        self.log_w = torch.zeros(0, device=device, dtype=torch.float64)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
         #: Index of the last token drawn, from 1, by lane id.
@@ -198,15 +237,14 @@ class LaneTable:
             self._layout = None
 
     @torch.inference_mode()
-    def step(
-        self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi_of: Callable[[Tensor], Tensor]
-    ) -> TwistStep:
+    def step(self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi: Tensor) -> TwistStep:
         """Weigh, resample, then sample one token for every lane in the batch.
 
             log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
             ancestors, log_w = resample(log_w)           if all live lanes are here, 1 < t < last
-            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor
+            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor; a pinned lane takes its own
 
+        (with the base proposal  s_t ~ softmax(logits[a]), then log_w += log psi_t - log psi_{t-1}).
         With the twist-induced proposal the weight does not depend on the token drawn, so it is
         complete before the draw, and children of one parent draw different tokens.
 
@@ -215,7 +253,7 @@ class LaneTable:
                 lanes are overwritten so that the engine's sampler can only pick the drawn token.
             rows: row of each lane, [L].
             specs: the lanes' settings, aligned with ``rows``.
-            log_psi_of: rows [L] -> log psi_t(prefix, .) [L, V].
+            log_psi: log psi_t(prefix, .) of every next token, [L, V].
 
         Returns:
             what the scheduler has to mirror.
@@ -225,14 +263,19 @@ class LaneTable:
         # Rows are sorted: if there are no others, they are the whole batch.
         base = logits if len(rows) == len(logits) else logits[layout.rows]
         base = self.truncate(base, layout.top_k, layout.top_p)
-        log_psi = log_psi_of(layout.rows).to(torch.float32)
+        log_psi = log_psi.to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
+        # What the proposal sees of it.
+        log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
         positions = [self.position[spec.lane_id] + 1 for spec in specs]
         self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
-        lse0, lse_psi = reference.twist_softmax(base, log_psi)
-        log_w = layout.log_w + (lse_psi - lse0 - layout.log_psi)
+        lse0, lse_psi = reference.twist_softmax(base, log_psi_q)
+        due = layout.log_psi
+        if layout.base_proposal is not None:
+            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+        log_w = layout.log_w + (lse_psi - lse0 - due)
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
@@ -258,6 +301,7 @@ class LaneTable:
                 torch.ones_like(chosen, dtype=torch.float64),
                 layout.schemes,
                 reference.counter_uniforms(keys, members.shape[1]),
+                layout.pinned,
             )
             live = layout.live
             ancestors = torch.empty_like(layout.slots)
@@ -266,14 +310,27 @@ class LaneTable:
             weights = log_w.tolist()
 
         keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
-        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
+        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi_q, lse0, ancestors, keys)
         if ancestors is None:
             ancestors = layout.identity
+        for i, continuation in layout.held:
+            token[i] = continuation[min(positions[i], len(continuation)) - 1]
+        if layout.held or layout.base_proposal is not None:
+            token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
+        if layout.base_proposal is not None:
+            # q = p0: what the token adds to the weight is known only now (Eq. 10).
+            gain = token_log_psi - layout.log_psi[ancestors]
+            log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
+            weights = log_w.tolist()
         layout.log_w = log_w
         layout.log_p = layout.log_p[ancestors] + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
         layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
 
+        flags = [False] * len(specs)
+        for group, fired in zip(layout.groups.values(), resampled, strict=True):
+            for i in group:
+                flags[i] = fired
         logprobs = self._logprobs(specs, base, lse0, ancestors, token)
         if len(rows) == len(logits):
             logits.fill_(float("-inf")).scatter_(1, token[:, None], 0.0)
@@ -285,12 +342,8 @@ class LaneTable:
             ancestors=ancestors.tolist(),
             log_w=weights,
             log_p=layout.log_p.tolist(),
-            resampled=[group for group, yes in zip(layout.groups, resampled, strict=True) if yes],
-            failed=[
-                group_id
-                for group_id, group in layout.groups.items()
-                if any(weights[i] != weights[i] or weights[i] == math.inf for i in group)
-            ],
+            log_psi=layout.log_psi.tolist(),
+            resampled=flags,
             logprobs=logprobs,
         )
 
@@ -303,12 +356,7 @@ class LaneTable:
             return {}
         index = torch.tensor(list(wanted), device=self.device)
         log_p = base[ancestors[index]] - lse0[ancestors[index], None]
-        drawn = token[index, None]
-        drawn_log_p = log_p.gather(1, drawn)
-        top = log_p.topk(min(max(wanted.values()), log_p.shape[-1]), dim=-1)
-        ids = torch.cat([drawn, top.indices], dim=1).tolist()
-        values = torch.cat([drawn_log_p, top.values], dim=1).tolist()
-        ranks = (log_p >= drawn_log_p).sum(-1).tolist()
+        ids, values, ranks = (x.tolist() for x in lineage_logprobs(log_p, token[index], max(wanted.values())))
         return {
             specs[i].lane_id: (ids[j][: count + 1], values[j][: count + 1], ranks[j])
             for j, (i, count) in enumerate(wanted.items())

@@ -22,15 +22,16 @@ def _lane_spec(params: SamplingParams, prompt_ids: list[int] | None, output_ids:
 class TwistLogitsProcessor(LogitsProcessor):
     """Draw the tokens of all lanes in the batch and leave every other row alone.
 
-    The worker attaches ``log_psi_of`` (rows to log twist values) and ``is_partial`` (whether a
-    row belongs to an unfinished prefill, whose logits mean nothing), and takes ``last_step``.
+    The worker attaches ``log_psi_of`` (log twist values of the lanes found last) and ``is_partial`` (whether
+    a row belongs to an unfinished prefill, whose logits mean nothing), and takes ``last_step``.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.table = LaneTable(device, apply_top_k_top_p)
         self.specs: dict[int, LaneSpec] = {}
         self.rows: list[int] = []
-        self.log_psi_of: Callable[[Tensor], Tensor] | None = None
+        self.found: list[int] = []
+        self.log_psi_of: Callable[[], Tensor] | None = None
         self.is_partial: Callable[[int], bool] = lambda row: False
         self.last_step: TwistStep | None = None
 
@@ -47,12 +48,16 @@ class TwistLogitsProcessor(LogitsProcessor):
             for spec in self.specs.values():
                 self.table.add(spec)
 
+    def find_lanes(self) -> list[int]:
+        """Return the rows of the lanes that draw in the batch whose logits are about to be made."""
+        self.found = [row for row in self.rows if not self.is_partial(row)]
+        return self.found
+
     def apply(self, logits: Tensor) -> Tensor:
         self.last_step = None
-        rows = [row for row in self.rows if not self.is_partial(row)]
-        if rows and self.log_psi_of is not None:
-            specs = [self.specs[row] for row in rows]
-            self.last_step = self.table.step(logits, rows, specs, self.log_psi_of)
+        if self.found and self.log_psi_of is not None:
+            specs = [self.specs[row] for row in self.found]
+            self.last_step = self.table.step(logits, self.found, specs, self.log_psi_of())
         return logits
 
     def take_step(self) -> TwistStep | None:

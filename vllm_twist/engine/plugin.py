@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 from typing import Any
 
-from vllm_twist.config import PREFIX, RequestConfig, TwistConfig
+from vllm_twist.config import PREFIX, TwistConfig, engine_options
 from vllm_twist.engine import compat
 
 _MODULE = "vllm_twist.engine"
@@ -27,7 +25,19 @@ def add_cli_args(parser: Any) -> None:
     group.add_argument(
         "--twist-head", type=str, default=argparse.SUPPRESS, help="folder or hub id of a twist head; turns twists on"
     )
-    for option in dataclasses.fields(RequestConfig):
+    group.add_argument(
+        "--twist-potential",
+        type=str,
+        default=argparse.SUPPRESS,
+        help="log phi of finished outputs, as module:attribute or path.py:attribute: makes the target p0 * phi",
+    )
+    group.add_argument(
+        "--twist-potential-timeout",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=f"seconds that the potential may take for one group (default: {TwistConfig.potential_timeout:g})",
+    )
+    for option in engine_options():
         flag = f"--{PREFIX}-{option.name.replace('_', '-')}"
         text = f"{option.metadata['help']} (default: {option.default})"
         if isinstance(option.default, bool):
@@ -59,15 +69,6 @@ def prepare(engine_args: Any) -> None:
         )
     if engine_args.enable_lora:
         raise ValueError("`enable_lora` cannot be combined with `twist_head`, got True: merge the adapter instead.")
-    if engine_args.async_scheduling:
-        raise ValueError("`async_scheduling` cannot be combined with `twist_head` yet, got True: leave it unset.")
-    engine_args.async_scheduling = False
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
-        raise ValueError(
-            "`VLLM_USE_V2_MODEL_RUNNER` must be 0 with `twist_head`, got "
-            f"{os.environ['VLLM_USE_V2_MODEL_RUNNER']!r}: unset it; Model Runner V2 is not supported yet."
-        )
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 
 def configure(vllm_config: Any, twist: TwistConfig) -> None:
@@ -77,6 +78,7 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
         ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
     """
     from vllm_twist.engine.admission import check_head
+    from vllm_twist.engine.scoring import read_potential
     from vllm_twist.engine.worker import WORKERS
     from vllm_twist.twist import TwistHead, load_config
 
@@ -90,6 +92,16 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
             "`pipeline_parallel_size` must be 1 with `twist_head`, got "
             f"{parallel.pipeline_parallel_size}: use tensor parallelism."
         )
+    for name, value, neutral in (
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1),
+        ("enable_batch_sharded_sampling", parallel.enable_batch_sharded_sampling, False),
+        ("enable_return_routed_experts", vllm_config.aux_output_config.enabled, False),
+        ("return_sampling_mask", model.return_sampling_mask, False),
+        ("watermark_config", vllm_config.watermark_config, None),
+    ):
+        if value != neutral:
+            raise ValueError(f"`{name}` cannot be combined with `twist_head`, got {value!r}: drop it.")
     if parallel.worker_cls not in WORKERS:
         raise ValueError(
             f"`twist_head` supports the CPU and CUDA workers of vLLM, this platform uses {parallel.worker_cls!r}: "
@@ -98,17 +110,22 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
     check_head(load_config(twist.head), model)
     # The workers load it again; here its errors still reach the one who starts the engine.
     TwistHead.from_pretrained(twist.head, dtype=model.dtype)
+    if twist.potential is not None:
+        read_potential(twist.potential, None)
     if twist.defaults.particles > vllm_config.scheduler_config.max_num_seqs:
         raise ValueError(
             f"`twist_particles` must be at most `max_num_seqs`={vllm_config.scheduler_config.max_num_seqs}, got "
             f"{twist.defaults.particles}: lower it or raise `max_num_seqs`."
         )
+    v2, scheduler = vllm_config.use_v2_model_runner, vllm_config.scheduler_config
+    if not v2:
+        # Its step reads the weights back, so that there is nothing to overlap.
+        scheduler.async_scheduling = False
     parallel.worker_cls = f"{_MODULE}.worker.{WORKERS[parallel.worker_cls]}"
-    vllm_config.scheduler_config.scheduler_cls = f"{_MODULE}.scheduler.TwistScheduler"
+    kind = "TwistAsyncScheduler" if scheduler.async_scheduling else "TwistScheduler"
+    scheduler.scheduler_cls = f"{_MODULE}.scheduler.{kind}"
+    processor = "logits_processor_v2:TwistLogitsProcessorV2" if v2 else "logits_processor:TwistLogitsProcessor"
     # Last, so that p0 is complete when the twist is applied.
-    model.logits_processors = [
-        *(model.logits_processors or ()),
-        f"{_MODULE}.logits_processor:TwistLogitsProcessor",
-    ]
+    model.logits_processors = [*(model.logits_processors or ()), f"{_MODULE}.{processor}"]
     vllm_config.additional_config = {**vllm_config.additional_config, PREFIX: twist.to_dict()}
     compat.patch_frontend()

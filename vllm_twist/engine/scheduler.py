@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
@@ -18,9 +22,10 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
-from vllm_twist.engine.admission import GROUP_KEY, fit_length, neutral_params
+from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params, read_config
 from vllm_twist.engine.groups import Group, Lane
 from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, TwistStep
+from vllm_twist.engine.scoring import Scorer, read_potential
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
@@ -30,6 +35,16 @@ GONE_WRONG = (
     "the twist gave weights that are NaN, infinite or all zero: check the head (`twist_head`) and "
     "`twist_scale`, and that the request's own restrictions leave some token possible."
 )
+IMPOSSIBLE = (
+    "`twist_pinned` holds a continuation that the model and the request's own sampling parameters give "
+    "probability zero, or the twist or the potential weight zero: pass one that was drawn with the same parameters."
+)
+NOTHING_LEFT = (
+    "`twist_potential` gave all of its particles phi = 0, so that none can be drawn (Z-hat is 0): raise "
+    "`twist_particles`, train the twist, or let phi be small instead of 0."
+)
+#: Seconds for which the engine sleeps at a time while nothing but the potential is at work.
+IDLE_WAIT = 0.01
 
 
 if TYPE_CHECKING:
@@ -67,6 +82,12 @@ class TwistSchedulerMixin(_Base):
         self.staged = create_request_queue(self.policy)
         #: Final outputs made between steps.
         self.ready: list[tuple[int, EngineCoreOutput]] = []
+        #: Evaluates phi for groups whose particles have all ended; they are no longer in ``groups``.
+        self.scorer: Scorer | None = None
+        config = read_config(self.vllm_config)
+        if config.potential is not None:
+            tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+            self.scorer = Scorer(read_potential(config.potential, tokenizer), config.potential_timeout)
 
     # ---- entering -------------------------------------------------------------------------
 
@@ -95,34 +116,54 @@ class TwistSchedulerMixin(_Base):
                 num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
                 share_prompt=self.kv_cache_manager.enable_caching,
             )
+            request.max_tokens = group.last_position = length - request.num_prompt_tokens
+            if settings.pinned is not None:
+                vocab_size = self.vllm_config.model_config.get_vocab_size()
+                check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size)
         except ValueError as error:
             # Refused at the frontend already, unless its view of the cache was too rosy.
             self.ready.append(_failure(group, str(error)))
             return
-        request.max_tokens = group.last_position = length - request.num_prompt_tokens
-        request.sampling_params = self._lane_params(group, request.sampling_params, 0)
+        request.sampling_params = self._leader_params(group, request.sampling_params)
         group.lanes[group.id] = Lane(request)
         self.groups[group.id] = group
         self.requests[group.id] = request
         self.staged.add_request(request)
 
-    def _lane_params(self, group: Group, params: Any, index: int) -> Any:
-        """Return sampling parameters for a lane: p0's truncation moves into the lane's spec."""
-        original = params.extra_args[LANE_KEY] if LANE_KEY in params.extra_args else None
+    def _leader_params(self, group: Group, params: Any) -> Any:
+        """Return the leader's sampling parameters: what draws its tokens moves into its spec.
+
+        Under Model Runner V2 vLLM's sampler truncates p0, and divides by the temperature only where
+        something after it needs that; where nothing does, the step does it in passing.
+        """
+        v2 = self.use_v2_model_runner
+        whole = params.min_p == 0 and params.top_k <= 0 and params.top_p >= 1
         spec = LaneSpec(
-            lane_id=group.lane_id(index),
+            lane_id=group.id,
             group_id=group.id,
-            index=index,
+            index=0,
             seed=group.seed,
             last_position=group.last_position,
             ess_threshold=group.settings.ess_threshold,
             scheme=SCHEMES.index(group.settings.resampling),
             scale=group.settings.scale,
-            top_k=original.top_k if original else params.top_k,
-            top_p=original.top_p if original else params.top_p,
-            num_logprobs=original.num_logprobs if original else self._num_logprobs(params),
+            base_proposal=group.settings.proposal == "base",
+            pinned=group.settings.pinned,
+            top_k=0 if v2 else params.top_k,
+            top_p=1.0 if v2 else params.top_p,
+            num_logprobs=self._num_logprobs(params),
+            inverse_temperature=1 / params.temperature if v2 and whole else 1.0,
         )
-        return neutral_params(params, {LANE_KEY: spec})
+        neutral = neutral_params(params, {LANE_KEY: spec}, truncated=v2)
+        if v2 and whole:
+            neutral.temperature = 1.0
+        return neutral
+
+    def _lane_params(self, group: Group, index: int) -> Any:
+        """Return the leader's sampling parameters for another of its lanes."""
+        leader = group.leader.sampling_params
+        spec = dataclasses.replace(leader.extra_args[LANE_KEY], lane_id=group.lane_id(index), index=index, pinned=None)
+        return neutral_params(leader, {LANE_KEY: spec}, truncated=self.use_v2_model_runner)
 
     def _num_logprobs(self, params: Any) -> int | None:
         if params.logprobs == -1:
@@ -137,15 +178,21 @@ class TwistSchedulerMixin(_Base):
         if self.groups:
             self._make_room()
             self._hold_lanes_ahead()
+            self._brief_lanes()
+        if self.scorer and not (self.staged or any(super().get_request_counts())):
+            # Nothing to run until phi is known. New requests wait that long at most.
+            self._take_scores(wait=IDLE_WAIT)
         return super().schedule(throttle_prefills)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        step: TwistStep | None = getattr(model_runner_output, "twist", None)
-        if step is not None:
+        step = model_runner_output.aux_output_connector_output
+        if isinstance(step, TwistStep):
             self._mirror(step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.scorer:
+            self._take_scores()
         if self.groups or self.ready:
             self._collect(outputs)
         return outputs
@@ -188,6 +235,7 @@ class TwistSchedulerMixin(_Base):
 
     def _enter(self, group: Group) -> None:
         group.parked = False
+        group.entering = True
         if not group.forked:
             # The copies of the partial prompt block are set aside now, so that forking cannot fail.
             partial = (group.leader.num_prompt_tokens - 1) % self.block_tables.block_size
@@ -210,7 +258,7 @@ class TwistSchedulerMixin(_Base):
         to_compute: set[Any] = set()
         for lane in group.live_lanes():
             request = lane.request
-            blocks = -(-(request.num_tokens + 1) // block_size)
+            blocks = -(-(_length(request) + 1) // block_size)
             held = self._held(request.request_id)
             if held == 0 and self.kv_cache_manager.enable_caching:
                 # A preempted lane: prefixes that it shares with others will be shared again.
@@ -312,52 +360,84 @@ class TwistSchedulerMixin(_Base):
     # ---- lockstep -------------------------------------------------------------------------
 
     def _hold_lanes_ahead(self) -> None:
-        """Keep lanes that are a token ahead of their group out of the next batch."""
+        """Keep lanes that are a token ahead of their group out of the next batch; so is a leader before its fork."""
         for group in self._active_groups():
-            lengths = [lane.request.num_tokens for lane in group.live_lanes()]
-            slowest = min(lengths)
+            lengths = [_length(lane.request) for lane in group.live_lanes()]
+            slowest = min(lengths) if group.forked else group.leader.num_prompt_tokens
             if max(lengths) == slowest:
                 continue
             for lane in group.live_lanes():
-                if lane.request.num_tokens > slowest:
+                if _length(lane.request) > slowest:
                     lane.request.next_decode_eligible_step = self.current_step + 2
+
+    def _brief_lanes(self) -> None:
+        """Tell lanes that are about to be sent to the worker how many they are, and their state."""
+        for group in self._active_groups():
+            if not group.entering:
+                continue
+            waiting = [lane for lane in group.live_lanes() if lane.request.status != RequestStatus.RUNNING]
+            group.entering = bool(waiting) or not group.forked
+            for lane in waiting:
+                extra = lane.request.sampling_params.extra_args
+                extra[LANE_KEY] = dataclasses.replace(
+                    extra[LANE_KEY],
+                    group_size=group.num_live,
+                    log_w=lane.log_w,
+                    log_p=lane.log_p,
+                    log_psi=lane.log_psi,
+                    position=lane.request.num_output_tokens,
+                )
 
     # ---- mirroring the worker -------------------------------------------------------------
 
     def _mirror(self, step: TwistStep) -> None:
-        """Apply what the worker did to the lanes before the base scheduler appends the tokens."""
-        for group_id in step.failed:
-            if group_id in self.groups:
-                self._fail(self.groups[group_id], GONE_WRONG)
-        # Read before the forks: a parent's history may be copied more than once.
-        history = {
-            parent: list(group.lanes[parent].logprobs)
-            for _, parent in step.forks()
-            if (group := self.group_of.get(parent)) is not None
+        """Apply what the worker did to the lanes before the base scheduler appends the tokens.
+
+        Under asynchronous scheduling that was one step ago. Lanes that have gone since are skipped, and
+        so are those that were preempted, even if they are back: they do that step again.
+        """
+        touched = {
+            lane_id: group
+            for lane_id in step.lane_ids
+            if (group := self.group_of.get(lane_id)) is not None
+            and not group.lanes[lane_id].request.num_stale_output_tokens
         }
-        for child, parent in step.forks():
-            group = self.group_of.get(child)
-            if group is not None:
-                self._fork(group.lanes[child].request, group.lanes[parent].request)
-                group.lanes[child].logprobs = list(history[parent])
-        for lane_id, log_w, log_p in zip(step.lane_ids, step.log_w, step.log_p, strict=True):
-            group = self.group_of.get(lane_id)
+        # Read before the forks: a parent's history may be copied more than once.
+        forks = [(child, parent) for child, parent in step.forks() if child in touched]
+        history = {parent: list(touched[parent].lanes[parent].logprobs) for _, parent in forks}
+        for child, parent in forks:
+            lanes = touched[child].lanes
+            self._fork(lanes[child].request, lanes[parent].request)
+            lanes[child].logprobs = list(history[parent])
+        resampled: dict[str, Group] = {}
+        wrong: dict[str, Group] = {}
+        impossible: dict[str, Group] = {}
+        for i, lane_id in enumerate(step.lane_ids):
+            group = touched.get(lane_id)
             if group is None:
                 continue
             lane = group.lanes[lane_id]
-            lane.log_w, lane.log_p = log_w, log_p
+            lane.log_w, lane.log_p, lane.log_psi = step.log_w[i], step.log_p[i], step.log_psi[i]
             if lane_id in step.logprobs:
                 lane.logprobs.append(step.logprobs[lane_id])
+            if step.resampled[i]:
+                resampled[group.id] = group
+            if math.isnan(lane.log_w) or lane.log_w == math.inf:
+                wrong[group.id] = group
+        for group in resampled.values():
+            group.num_resamplings += 1
+        for group in {group.id: group for group in touched.values()}.values():
             if not group.forked:
                 self._create_lanes(group)
-        for group_id in step.resampled:
-            if group_id in self.groups:
-                self.groups[group_id].num_resamplings += 1
-        # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
-        touched = {group.id: group for lane_id in step.lane_ids if (group := self.group_of.get(lane_id)) is not None}
-        for group in touched.values():
-            if group.forked and all(lane.log_w == float("-inf") for lane in group.lanes.values()):
-                self._fail(group, GONE_WRONG)
+            # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
+            elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
+                wrong[group.id] = group
+            elif group.pinned_is_impossible:
+                impossible[group.id] = group
+        for group in wrong.values():
+            self._fail(group, GONE_WRONG)
+        for group in impossible.values():
+            self._fail(group, IMPOSSIBLE)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
@@ -365,7 +445,11 @@ class TwistSchedulerMixin(_Base):
         child._all_token_ids[:] = parent._all_token_ids
         child.block_hashes[:] = parent.block_hashes
         tables = self.block_tables
-        full = parent.num_computed_tokens // tables.block_size
+        # All of its known tokens are in the KV cache now, whatever has been scheduled since. The parent enters
+        # the blocks that they fill into the prefix cache, if it has not yet: a block can only be entered once.
+        computed = parent.num_tokens
+        self.kv_cache_manager.cache_blocks(parent, computed)
+        full = computed // tables.block_size
         parent_blocks = tables.req_to_blocks[parent.request_id]
         child_blocks = tables.req_to_blocks[child.request_id]
         first = 0
@@ -394,7 +478,7 @@ class TwistSchedulerMixin(_Base):
             request = Request(
                 request_id=lane_id,
                 prompt_token_ids=leader.prompt_token_ids,
-                sampling_params=self._lane_params(group, leader.sampling_params, index),
+                sampling_params=self._lane_params(group, index),
                 pooling_params=None,
                 client_index=leader.client_index,
                 arrival_time=leader.arrival_time,
@@ -420,6 +504,7 @@ class TwistSchedulerMixin(_Base):
                 if leader.request_id in tables.num_cached_block:
                     tables.num_cached_block[lane_id] = min(full, tables.num_cached_block[leader.request_id])
             group.lanes[lane_id] = Lane(request)
+            group.entering = True
             self.group_of[lane_id] = group
             self.requests[lane_id] = request
             self._enqueue_waiting_request(request)
@@ -447,7 +532,11 @@ class TwistSchedulerMixin(_Base):
             batch.outputs = kept
         for group in touched.values():
             if group.done:
-                self._finish_group(group)
+                del self.groups[group.id]
+                if self.scorer is None:
+                    self._finish_group(group)
+                else:
+                    self.scorer.submit(group)
         for client_index, output in self.ready:
             batch = outputs.setdefault(client_index, EngineCoreOutputs())
             batch.outputs.append(output)
@@ -465,7 +554,6 @@ class TwistSchedulerMixin(_Base):
     def _finish_group(self, group: Group) -> None:
         index = group.draw()
         lane = list(group.lanes.values())[index]
-        del self.groups[group.id]
         self.ready.append(
             (
                 group.leader.client_index,
@@ -482,6 +570,26 @@ class TwistSchedulerMixin(_Base):
                 ),
             )
         )
+
+    def _take_scores(self, wait: float = 0.0) -> None:
+        """Finish the groups whose phi has come, or failed to come."""
+        assert self.scorer is not None
+        for group, outcome in self.scorer.collect(wait):
+            if isinstance(outcome, TimeoutError):
+                outcome = ValueError(
+                    f"`twist_potential` took more than `twist_potential_timeout`={self.scorer.timeout:g} seconds for "
+                    "one group: make it faster, or raise the timeout."
+                )
+            if isinstance(outcome, Exception):
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {outcome}"))
+                continue
+            group.reweigh(outcome)
+            if all(lane.log_w == -math.inf for lane in group.lanes.values()):
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
+            elif group.pinned_is_impossible:
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))
+            else:
+                self._finish_group(group)
 
     def _fail(self, group: Group, reason: str) -> None:
         """End a group with an error that its client will read; the others go on."""
@@ -510,6 +618,7 @@ class TwistSchedulerMixin(_Base):
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         if request_ids is None:
             wanted = {*self.requests, *self.groups, *(request.request_id for request in self.staged)}
+            wanted.update(self.scorer.pending if self.scorer else ())
         else:
             wanted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         finished = []
@@ -520,6 +629,10 @@ class TwistSchedulerMixin(_Base):
                 finished.append(group.leader)
                 # Its other lanes went with it.
                 wanted.difference_update(group.lanes)
+            elif self.scorer is not None and (group := self.scorer.cancel(request_id)) is not None:
+                group.leader.status = finished_status
+                finished.append(group.leader)
+                wanted.discard(request_id)
         staged = [request for request in self.staged if request.request_id in wanted]
         self.staged.remove_requests(staged)
         for request in staged:
@@ -530,12 +643,17 @@ class TwistSchedulerMixin(_Base):
     # ---- counts ---------------------------------------------------------------------------
 
     def get_request_counts(self) -> tuple[int, int]:
-        """Count staged requests as waiting, or the engine would go idle over them."""
+        """Count staged and scored requests as waiting, or the engine would go idle over them."""
         running, waiting = super().get_request_counts()
-        return running, waiting + len(self.staged)
+        return running, waiting + len(self.staged) + len(self.scorer or ())
 
     def has_finished_requests(self) -> bool:
-        return bool(self.ready) or super().has_finished_requests()
+        return bool(self.ready) or bool(self.scorer) or super().has_finished_requests()
+
+
+def _length(request: Request) -> int:
+    """Return how many tokens a request has, those included that the worker is still drawing."""
+    return request.num_tokens + request.num_output_placeholders
 
 
 def _failure(group: Group, message: str) -> tuple[int, EngineCoreOutput]:
@@ -562,3 +680,7 @@ def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsL
 
 class TwistScheduler(TwistSchedulerMixin, Scheduler):
     """Particle groups over the synchronous scheduler."""
+
+
+class TwistAsyncScheduler(TwistSchedulerMixin, AsyncScheduler):
+    """Particle groups over the asynchronous scheduler, which schedules a step before it knows the last one's tokens."""

@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_twist.engine.admission import check_head, read_config
-from vllm_twist.engine.fork_v1 import fork
-from vllm_twist.engine.logits_processor import TwistLogitsProcessor
-from vllm_twist.twist import TiedHead, TwistHead
+from vllm_twist.engine.readout import Readout
+from vllm_twist.twist import TwistHead
 
 #: Our worker classes, by the class that the platform would have used.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "CPUTwistWorker",
     "vllm.v1.worker.gpu_worker.Worker": "GPUTwistWorker",
 }
-
-
-class Readout:
-    """Read log psi off the hidden states that the model's LM head sees.
-
-    Replaces ``model.compute_logits`` by one that keeps the hidden states of the sampled rows. A
-    tied head's rows go through the LM head together with the model's own, in one product.
-    """
-
-    def __init__(self, model: nn.Module, head: TwistHead, processor: TwistLogitsProcessor) -> None:
-        self.head = head
-        self.processor = processor
-        self.compute_logits: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
-        self.hidden: Tensor | None = None
-        self.tied: Tensor | None = None
-        model.compute_logits = self  # type: ignore[assignment]
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        self.hidden, self.tied = hidden, None
-        rows = self.processor.rows
-        if not (isinstance(self.head, TiedHead) and rows):
-            return self.compute_logits(hidden, *args, **kwargs)
-        index = torch.tensor(rows, device=hidden.device)
-        both = self.compute_logits(torch.cat([hidden, self.head.update(hidden[index])]), *args, **kwargs)
-        if both is None:
-            return None
-        logits, tied = both[: len(hidden)], both[len(hidden) :]
-        self.tied = tied.new_zeros(logits.shape).index_copy_(0, index, tied) if len(rows) < len(hidden) else tied
-        return logits
-
-    def log_psi(self, rows: Tensor) -> Tensor:
-        """Return log psi [L, V] for rows [L] of the last forward pass."""
-        if self.tied is not None:
-            return self.head.activate(self.tied[rows])
-        assert self.hidden is not None, "log_psi before a forward pass"
-        return self.head(self.hidden[rows])
 
 
 if TYPE_CHECKING:
@@ -68,12 +29,11 @@ class TwistWorkerMixin(_Base):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)
-        config = read_config(self.vllm_config)
-        runner = self.model_runner
-        self.twist = next(p for p in runner.input_batch.logitsprocs.all if isinstance(p, TwistLogitsProcessor))
-        self.readout = Readout(runner.get_model(), self._read_head(config.head), self.twist)
-        self.twist.log_psi_of = self.readout.log_psi
-        self.twist.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
+        # Each runner's part is imported where it runs: the other's may not exist on this platform.
+        name = "runner_v2.RunnerV2" if self.use_v2_model_runner else "runner_v1.RunnerV1"
+        connect = resolve_obj_by_qualname(f"vllm_twist.engine.{name}")
+        self.twist = connect(self.model_runner, self._read_head(read_config(self.vllm_config).head))
+        self.readout: Readout = self.twist.readout
 
     def _read_head(self, head: str) -> TwistHead:
         model_config = self.vllm_config.model_config
@@ -108,18 +68,12 @@ class TwistWorkerMixin(_Base):
         self.readout.head.load_state_dict(state)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        self.twist.table.release(scheduler_output.finished_req_ids)
+        self.twist.begin(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
-        step = self.twist.take_step()
-        if step is not None:
-            forks = step.forks()
-            if forks:
-                fork(self.model_runner, forks)
-            output.twist = step
-        return output
+        self.twist.before_sampling()
+        return self.twist.after_sampling(super().sample_tokens(grammar_output))
 
 
 def __getattr__(name: str) -> type:

@@ -1,11 +1,50 @@
-"""Forking on the worker under Model Runner V1: block tables, token history, partial blocks."""
+"""Twists under Model Runner V1: where its steps begin and end, and how its lanes fork."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+from vllm_twist.engine.readout import Readout, Rows
+from vllm_twist.twist import TwistHead
+
+
+class RunnerV1:
+    """Connects the head, the logits processor and the runner of one worker."""
+
+    def __init__(self, runner: Any, head: TwistHead) -> None:
+        self.runner = runner
+        self.processor = next(p for p in runner.input_batch.logitsprocs.all if isinstance(p, TwistLogitsProcessor))
+        self.table = self.processor.table
+        self.readout = Readout(runner.get_model(), head, self._lane_rows)
+        self.processor.log_psi_of = self.readout.log_psi
+        self.processor.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
+
+    def _lane_rows(self) -> Rows:
+        rows = self.processor.find_lanes()
+        return torch.tensor(rows, device=self.table.device) if rows else None
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Free the state of lanes that are no more."""
+        self.table.release(scheduler_output.finished_req_ids)
+
+    def before_sampling(self) -> None:
+        """Do nothing: the logits have been made."""
+
+    def after_sampling(self, output: Any) -> Any:
+        """Fork as the step has decided, and attach it to the output."""
+        step = self.processor.take_step()
+        if step is not None:
+            forks = step.forks()
+            if forks:
+                fork(self.runner, forks)
+            # The one field for a runner's own data; unused unless vLLM's auxiliary outputs are on.
+            output.aux_output_connector_output = step
+        return output
 
 
 def fork(runner: Any, pairs: list[tuple[str, str]]) -> None:

@@ -1,0 +1,201 @@
+"""The bookkeeping of one step in two Triton launches; ``reference`` has the specification.
+
+``advance`` holds one group in one program, as ``resample`` does; ``settle`` one lane. The state lies in
+tensors by slot, so that neither launch depends on who is in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import REPORT, Advance, Groups, Lanes
+from .resample import _resample, program_of
+from .twist_softmax import OPTIONS, counter_uniform
+
+
+@triton.jit
+def _mix64(x):
+    """Scramble uint64 words, bit for bit as the reference does with int64 ones."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def key_at(key, position):
+    """Return the int64 key that ``reference.at_position`` has for int64 keys at int32 positions."""
+    return _mix64(key.to(tl.uint64) ^ (position.to(tl.uint64) * 0x9E3779B97F4A7C15)).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["members_stride", "width"])
+def advance_kernel(
+    log_w,
+    log_p,
+    log_psi,
+    positions,
+    lasts,
+    ended,
+    keys,
+    members,
+    group_sizes,
+    thresholds,
+    schemes,
+    group_keys,
+    pinned,
+    row_of,
+    lse0,
+    lse_psi,
+    out_ancestors,
+    out_keys,
+    out_log_p,
+    out_resampled,
+    members_stride,
+    width,
+    K: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Weigh and resample one group.
+
+    Streamed: the state of its members and the log-sums of those in the batch, once. Saved: their weights and
+    positions, in place, and (ancestor, key, log p of the ancestor, resampled) by row of the batch.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, K)
+    slot = tl.load(members + group * members_stride + lane, mask=lane < width, other=-1).to(tl.int64)
+    member = slot >= 0
+    slot = tl.where(member, slot, 0)
+    row = tl.load(row_of + slot, mask=member, other=-1).to(tl.int64)
+    inside = row >= 0
+    row = tl.where(inside, row, 0)
+    gone = member & (tl.load(ended + slot, mask=member, other=0) != 0)
+    here = inside & ~gone
+
+    step = tl.load(lse_psi + row, mask=here, other=0.0) - tl.load(lse0 + row, mask=here, other=0.0)
+    step -= tl.load(log_psi + slot, mask=here, other=0.0)
+    own = tl.load(log_w + slot, mask=member, other=0.0) + tl.where(here, step, 0.0).to(tl.float64)
+    position = tl.load(positions + slot, mask=member, other=0) + here.to(tl.int32)
+    highest = tl.max(tl.where(here, position, 0), axis=0)
+    lowest = tl.min(tl.where(here, position, highest), axis=0)
+    last = tl.max(tl.load(lasts + slot, mask=here, other=0), axis=0)
+    accounted = tl.sum(here.to(tl.int32), axis=0) + tl.sum(gone.to(tl.int32), axis=0)
+    complete = accounted == tl.load(group_sizes + group)
+    allowed = complete & (lowest == highest) & (lowest > 1) & (lowest < last)
+
+    group_key = key_at(tl.load(group_keys + group), lowest)
+    u = counter_uniform(group_key, lane).to(tl.float64)
+    u0 = tl.sum(tl.where(lane == 0, u, 0.0), axis=0)
+    x = tl.where(here, own, -float("inf"))
+    scheme, threshold = tl.load(schemes + group), tl.load(thresholds + group)
+    hold = tl.full((), 0, tl.int1)
+    if pinned is not None:
+        hold = tl.load(pinned + group) != 0
+    parent, fires, log_mean, _ = _resample(x, here, u, u0, scheme, threshold, allowed, hold, width, K, STEPS)
+
+    tl.store(log_w + slot, tl.where(fires, log_mean, own), mask=here)
+    tl.store(positions + slot, position, mask=here)
+    ancestor = tl.gather(slot, parent, 0)
+    tl.store(out_ancestors + row, tl.gather(row, parent, 0), mask=inside)
+    tl.store(out_keys + row, key_at(tl.load(keys + slot, mask=inside, other=0), position), mask=inside)
+    tl.store(out_log_p + row, tl.load(log_p + ancestor, mask=inside, other=0.0), mask=inside)
+    tl.store(out_resampled + row, here & fires, mask=inside)
+
+
+@triton.jit(do_not_specialize=["lanes"])
+def settle_kernel(
+    log_w,
+    log_ps,
+    log_psis,
+    positions,
+    lasts,
+    ended,
+    stops,
+    slots,
+    ancestors,
+    carried,
+    resampled,
+    tokens,
+    token_log_ps,
+    token_log_psis,
+    report,
+    lanes,
+    S: tl.constexpr,
+):
+    """Record what one lane has drawn. Streamed: its draw. Saved: its state, and its column of the report."""
+    lane = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + lane)
+    token = tl.load(tokens + lane)
+    log_p = tl.load(carried + lane) + tl.load(token_log_ps + lane).to(tl.float64)
+    log_psi = tl.load(token_log_psis + lane)
+    log_psi = tl.where((log_psi == log_psi) & (tl.abs(log_psi) < float("inf")), log_psi, 0.0)
+    if tl.load(ended + slot) != 0:
+        log_p = tl.load(log_ps + slot)
+        log_psi = tl.load(log_psis + slot)
+    else:
+        stopped = tl.max((tl.load(stops + slot * S + tl.arange(0, S)) == token).to(tl.int32), axis=0) > 0
+        tl.store(log_ps + slot, log_p)
+        tl.store(log_psis + slot, log_psi)
+        tl.store(ended + slot, stopped | (tl.load(positions + slot) >= tl.load(lasts + slot)))
+    tl.store(report + lane, tl.load(ancestors + lane).to(tl.float64))
+    tl.store(report + lanes + lane, tl.load(log_w + slot))
+    tl.store(report + 2 * lanes + lane, log_p)
+    tl.store(report + 3 * lanes + lane, log_psi.to(tl.float64))
+    tl.store(report + 4 * lanes + lane, (tl.load(resampled + lane) != 0).to(tl.float64))
+
+
+def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi: Tensor) -> Advance:
+    """Advance as ``reference.advance`` does, all groups in one launch; at most 1,024 lanes each."""
+    count, device = len(lse0), lse0.device
+    ancestors, keys = torch.empty(2, count, dtype=torch.int64, device=device).unbind()
+    log_p = torch.empty(count, dtype=torch.float64, device=device)
+    resampled = torch.empty(count, dtype=torch.bool, device=device)
+    moved = Advance(ancestors, keys, log_p, resampled)
+    n, width = groups.members.shape
+    if n and count:
+        k, warps = program_of(width)
+        advance_kernel[(n,)](
+            *lanes[:-1],
+            *groups,
+            row_of,
+            lse0,
+            lse_psi,
+            *moved,
+            groups.members.stride(0),
+            width,
+            K=k,
+            STEPS=k.bit_length(),
+            num_warps=warps,
+            **OPTIONS,
+        )
+    return moved
+
+
+def settle(lanes: Lanes, slots: Tensor, moved: Advance, token: Tensor, log_p: Tensor, log_psi: Tensor) -> Tensor:
+    """Settle as ``reference.settle`` does, in one launch; the number of stops is a power of two."""
+    count = len(slots)
+    report = torch.empty(len(REPORT), count, dtype=torch.float64, device=slots.device)
+    if count:
+        settle_kernel[(count,)](
+            lanes.log_w,
+            lanes.log_p,
+            lanes.log_psi,
+            lanes.position,
+            lanes.last,
+            lanes.ended,
+            lanes.stops,
+            slots,
+            moved.ancestors,
+            moved.log_p,
+            moved.resampled,
+            token,
+            log_p,
+            log_psi,
+            report,
+            count,
+            S=lanes.stops.shape[1],
+            num_warps=1,
+            **OPTIONS,
+        )
+    return report

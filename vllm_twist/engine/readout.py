@@ -1,0 +1,51 @@
+"""The twist head beside the model's LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_twist.twist import TiedHead, TwistHead
+
+#: Which rows of a batch are lanes: an index [L], ``slice(None)`` for all of them, None for none.
+Rows = Tensor | slice | None
+
+
+class Readout:
+    """Read log psi off the hidden states that the model's LM head sees.
+
+    Replaces ``model.compute_logits`` by one that keeps the hidden states of the lanes' rows. A tied
+    head's rows go through the LM head together with the model's own, in one product.
+    """
+
+    def __init__(self, model: nn.Module, head: TwistHead, lane_rows: Callable[[], Rows]) -> None:
+        self.head = head
+        self.lane_rows = lane_rows
+        self.compute_logits: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
+        self.hidden: Tensor | None = None
+        self.tied: Tensor | None = None
+        model.compute_logits = self  # type: ignore[assignment]
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        rows = self.lane_rows()
+        self.hidden = self.tied = None
+        if rows is None:
+            return self.compute_logits(hidden, *args, **kwargs)
+        self.hidden = hidden[rows]
+        if not isinstance(self.head, TiedHead):
+            return self.compute_logits(hidden, *args, **kwargs)
+        both = self.compute_logits(torch.cat([hidden, self.head.update(self.hidden)]), *args, **kwargs)
+        if both is None:
+            return None
+        self.tied = both[len(hidden) :]
+        return both[: len(hidden)]
+
+    def log_psi(self) -> Tensor:
+        """Return log psi of every next token for the lanes of the last forward pass, [L, V]."""
+        if self.tied is not None:
+            return self.head.activate(self.tied)
+        assert self.hidden is not None, "log_psi before a forward pass"
+        return self.head(self.hidden)

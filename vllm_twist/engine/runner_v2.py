@@ -1,0 +1,46 @@
+"""Twists under Model Runner V2: where its steps begin and end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_twist.engine.fork_v2 import Fork
+from vllm_twist.engine.logits_processor_v2 import TwistLogitsProcessorV2
+from vllm_twist.engine.readout import Readout, Rows
+from vllm_twist.engine.sampler_v2 import StepOutputs, TwistSampler
+from vllm_twist.twist import TwistHead
+
+
+class RunnerV2:
+    """Connects the head, the registry of lanes, the sampler and the runner of one worker."""
+
+    def __init__(self, runner: Any, head: TwistHead) -> None:
+        self.runner = runner
+        processor = next(p for p in runner.sampler.logits_processors if isinstance(p, TwistLogitsProcessorV2))
+        self.table = processor.table
+        self.readout = Readout(runner.get_model(), head, self._lane_rows)
+        self.sampler = runner.sampler = TwistSampler(runner.sampler, self.table, self.readout)
+        runner.aux_output_connector = StepOutputs(self.sampler, reports=get_tp_group().is_first_rank)
+
+    def _lane_rows(self) -> Rows:
+        found = self.sampler.found
+        return None if found is None else slice(None) if found.rows is None else found.rows
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Forget lanes that are no more, before the runner gives their slots away."""
+        if self.sampler.fork is None and hasattr(self.runner, "kv_caches"):
+            self.sampler.fork = Fork(self.runner, self.table.backend)
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        self.table.remove(sorted(gone))
+
+    def before_sampling(self) -> None:
+        """Find the lanes of the batch that has just been run, before its logits are made."""
+        state = self.runner.execute_model_state
+        if state is not None:
+            self.sampler.find_lanes(state.input_batch)
+
+    def after_sampling(self, output: Any) -> Any:
+        """Return the output as it is: the step travels in it."""
+        return output

@@ -1,0 +1,144 @@
+"""The step inside vLLM's sampler (Model Runner V2), and its way back to the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from vllm_twist.engine.fork_v2 import Fork
+from vllm_twist.engine.lanes import TwistStep
+from vllm_twist.engine.readout import Readout
+from vllm_twist.engine.slots import Draw, LaneRows, SlotTable
+
+
+class TwistSampler(Sampler):
+    """vLLM's sampler, which draws the lanes' tokens from the twisted law and forks them.
+
+    Everything up to the draw is vLLM's: bias, penalties, bad words, temperature, min-p, top-k and top-p make p0 of
+    every row. Plain rows are then drawn by vLLM, from logits that nothing here has written to.
+    """
+
+    def __init__(self, sampler: Sampler, table: SlotTable, readout: Readout) -> None:
+        # Takes over the sampler that the runner has built, with all its state.
+        self.__dict__.update(vars(sampler))
+        self.table, self.readout = table, readout
+        self.fork: Fork | None = None
+        self.found: LaneRows | None = None
+        self.drawn: Draw | None = None
+
+    def find_lanes(self, input_batch: InputBatch) -> None:
+        """Look up the lanes of a batch before its logits are made; unfinished prefills are none yet."""
+        partial = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens < input_batch.prefill_len_np
+        self.drawn = None
+        self.found = self.table.find(input_batch.idx_mapping, input_batch.idx_mapping_np, partial)
+
+    def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        output = super().__call__(logits, input_batch)
+        if self.drawn is not None and self.table.forks:
+            assert self.found is not None and self.fork is not None, "lanes before the KV cache was set up"
+            self.fork(self.found, self.drawn.ancestors, input_batch.seq_lens)
+        return output
+
+    def _sample_random(
+        self,
+        processed_logits: Tensor,
+        expanded_idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        use_fused_sampler: bool,
+    ) -> tuple[Tensor, Tensor]:
+        found = self.found
+        if found is None:
+            return super()._sample_random(
+                processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, use_fused_sampler
+            )
+        processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
+        self.drawn = self.table.step(processed_logits, found, self.readout.log_psi())
+        if found.rows is None:
+            return self.drawn.token, processed_logits
+        sampled = torch.empty_like(expanded_idx_mapping, dtype=torch.int64)
+        plain_np = np.delete(np.arange(len(idx_mapping_np)), found.rows_np)
+        plain = async_tensor_h2d(plain_np, sampled.device)
+        sampled[plain], _ = super()._sample_random(
+            processed_logits[plain],
+            expanded_idx_mapping[plain],
+            idx_mapping_np[plain_np],
+            pos[plain],
+            None,
+            None,
+            False,
+        )
+        sampled[found.rows] = self.drawn.token
+        return sampled, processed_logits
+
+
+class StepOutputs:
+    """Send each step's report along with the runner's asynchronous output.
+
+    Stands where the runner keeps the connector of its auxiliary outputs, which rides that copy too.
+    """
+
+    def __init__(self, sampler: TwistSampler, reports: bool) -> None:
+        self.sampler, self.reports = sampler, reports
+
+    def begin_step(self, metadata: Any) -> None:
+        """Do nothing: a step's lanes are known from its batch."""
+
+    def prepare_output(self, input_batch: InputBatch) -> StepOutput | None:
+        drawn, found = self.sampler.drawn, self.sampler.found
+        if drawn is None or found is None or not self.reports:
+            return None
+        return StepOutput(input_batch.req_ids, found, drawn, self.sampler.table.num_logprobs(found)[drawn.wanted])
+
+    def close(self) -> None:
+        """Do nothing: no resource is held."""
+
+
+@dataclass
+class StepOutput:
+    """One step on its way to the host."""
+
+    req_ids: list[str]
+    found: LaneRows
+    drawn: Draw
+    num_logprobs: np.ndarray
+    report: np.ndarray | None = None
+    logprobs: tuple[np.ndarray, ...] = ()
+
+    def enqueue_cpu_copy(self, num_sampled: np.ndarray, num_rejected: np.ndarray) -> None:
+        """Enqueue the copies; called by the runner on its output stream."""
+        self.report = async_copy_to_np(self.drawn.report)
+        if self.drawn.logprobs is not None:
+            self.logprobs = tuple(async_copy_to_np(x) for x in self.drawn.logprobs)
+
+    def process_output(self) -> TwistStep:
+        """Return the step, once the copies are done."""
+        assert self.report is not None
+        ancestors, log_w, log_p, log_psi, resampled = self.report
+        lane_ids = [self.req_ids[row] for row in self.found.rows_np]
+        logprobs = {}
+        if self.logprobs:
+            ids, values, ranks = (x.tolist() for x in self.logprobs)
+            for i, (lane, count) in enumerate(zip(self.drawn.wanted, self.num_logprobs, strict=True)):
+                logprobs[lane_ids[lane]] = ids[i][: count + 1], values[i][: count + 1], ranks[i]
+        return TwistStep(
+            lane_ids=lane_ids,
+            ancestors=ancestors.astype(np.int64).tolist(),
+            log_w=log_w.tolist(),
+            log_p=log_p.tolist(),
+            log_psi=log_psi.tolist(),
+            resampled=(resampled != 0).tolist(),
+            logprobs=logprobs,
+        )

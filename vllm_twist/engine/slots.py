@@ -1,0 +1,303 @@
+"""Lanes under Model Runner V2: their state on the device, by request slot, and the step over it.
+
+The step makes no call that waits for the device and has no loop over lanes: who is a lane, and in which
+group, is kept in arrays on the host that change only when requests come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_twist.engine.lanes import LaneSpec, lineage_logprobs
+from vllm_twist.kernels import ops, reference
+
+NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True)
+class LaneRows:
+    """The L lanes among the rows of a batch.
+
+    Attributes:
+        rows: their rows, int64 [L]; None where they are the whole batch.
+        rows_np: the same on the host, always.
+        slots: their request slots, int64 [L].
+        slots_np: the same on the host.
+    """
+
+    rows: Tensor | None
+    rows_np: np.ndarray
+    slots: Tensor
+    slots_np: np.ndarray
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step gave, all on the device.
+
+    Attributes:
+        token: int64 [L].
+        ancestors: int64 [L], indices into the lanes.
+        report: float64 [len(REPORT), L] (``ops.settle``).
+        wanted: which lanes asked for logprobs (on the host), and ids, values and ranks for them.
+    """
+
+    token: Tensor
+    ancestors: Tensor
+    report: Tensor
+    wanted: np.ndarray
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+
+
+class SlotTable:
+    """SMC state of all lanes in preallocated tensors, one row per request slot of the runner.
+
+    ``add`` and ``remove`` note on the host what has changed, ``flush`` sends it to the device.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device, backend: str = "auto") -> None:
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+
+        self.device, self.backend, self.num_slots = device, backend, num_slots
+        self.lanes = reference.Lanes(
+            log_w=zeros(torch.float64),
+            log_p=zeros(torch.float64),
+            log_psi=zeros(torch.float32),
+            position=zeros(torch.int32),
+            last=zeros(torch.int32),
+            ended=zeros(torch.bool),
+            keys=zeros(torch.int64),
+            stops=zeros(torch.int32, 1),
+        )
+        self.inverse_temperature, self.scale = zeros(torch.float32), zeros(torch.float32)
+        self.base_proposal = zeros(torch.bool)
+        #: What pinned lanes are held to, by position; -1 in other slots and past the end.
+        self.pinned = zeros(torch.int64, 1) - 1
+        self.row_of = zeros(torch.int32)
+        self.order = torch.arange(num_slots, dtype=torch.int32, device=device)
+        self.groups: reference.Groups | None = None
+        #: Whether any group may ever resample.
+        self.forks = False
+
+        # The host's side. Slots by lane id, groups (rows of the arrays below) by group id.
+        self.slots: dict[str, int] = {}
+        self.is_lane = np.zeros(num_slots, dtype=bool)
+        self._seat: dict[str, tuple[str, int]] = {}
+        self._group_rows: dict[str, int] = {}
+        self._free_rows = list(range(num_slots - 1, -1, -1))
+        self._members = np.full((num_slots, num_slots), -1, dtype=np.int32)
+        self._present = np.zeros(num_slots, dtype=np.int64)
+        self._width = np.zeros(num_slots, dtype=np.int64)
+        self._sizes = np.zeros(num_slots, dtype=np.int32)
+        self._thresholds = np.zeros(num_slots, dtype=np.float64)
+        self._schemes = np.zeros(num_slots, dtype=np.int64)
+        self._seeds = np.zeros(num_slots, dtype=np.int64)
+        self._scaled = np.zeros(num_slots, dtype=bool)
+        self._tempered = np.zeros(num_slots, dtype=bool)
+        self._from_base = np.zeros(num_slots, dtype=bool)
+        self._held = np.zeros(num_slots, dtype=bool)
+        self._pinned = np.zeros(num_slots, dtype=bool)
+        self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
+        self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
+        self._changed = False
+
+    # ---- coming and going -----------------------------------------------------------------
+
+    def add(self, slot: int, spec: LaneSpec, stops: Iterable[int]) -> None:
+        """Seat a lane in a slot, with the state that its spec carries."""
+        self.remove([spec.lane_id])
+        row = self._group_rows.get(spec.group_id)
+        if row is None:
+            row = self._group_rows[spec.group_id] = self._free_rows.pop()
+            self._members[row] = -1
+            self._present[row] = self._width[row] = self._pinned[row] = 0
+            self._thresholds[row], self._schemes[row], self._seeds[row] = spec.ess_threshold, spec.scheme, spec.seed
+        self._members[row, spec.index] = slot
+        self._present[row] += 1
+        self._width[row] = max(self._width[row], spec.index + 1)
+        self._sizes[row] = spec.group_size
+        self.slots[spec.lane_id] = slot
+        self._seat[spec.lane_id] = spec.group_id, spec.index
+        self.is_lane[slot] = True
+        self._scaled[slot], self._tempered[slot] = spec.scale != 1.0, spec.inverse_temperature != 1.0
+        self._from_base[slot], self._held[slot] = spec.base_proposal, spec.pinned is not None
+        self._pinned[row] |= self._held[slot]
+        self._num_logprobs[slot] = NO_LOGPROBS if spec.num_logprobs is None else spec.num_logprobs
+        self._staged[slot] = spec, sorted(set(stops))
+        self._changed = True
+
+    def remove(self, lane_ids: Iterable[str]) -> None:
+        """Forget lanes whose requests have left the runner; others are ignored."""
+        for lane_id in lane_ids:
+            slot = self.slots.pop(lane_id, None)
+            if slot is None:
+                continue
+            group_id, index = self._seat.pop(lane_id)
+            row = self._group_rows[group_id]
+            self._members[row, index] = -1
+            self._present[row] -= 1
+            self._sizes[row] -= 1
+            if not self._present[row]:
+                del self._group_rows[group_id]
+                self._free_rows.append(row)
+            self.is_lane[slot] = False
+            self._staged.pop(slot, None)
+            self._changed = True
+
+    def flush(self) -> None:
+        """Send what has changed to the device."""
+        if self._staged:
+            self._write_lanes()
+        if self._changed:
+            self._lay_out()
+
+    def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return async_tensor_h2d(np.asarray(values), self.device, dtype)
+
+    def _write_lanes(self) -> None:
+        specs = [spec for spec, _ in self._staged.values()]
+        most = max(len(stops) for _, stops in self._staged.values())
+        width = self.lanes.stops.shape[1]
+        if most > width:
+            more = 1 << (most - 1).bit_length()
+            grown = torch.nn.functional.pad(self.lanes.stops, (0, more - width), value=-1)
+            self.lanes, width = self.lanes._replace(stops=grown), more
+        stops = [tokens + [-1] * (width - len(tokens)) for _, tokens in self._staged.values()]
+        seeds, lanes = (torch.tensor([getattr(spec, name) for spec in specs]) for name in ("seed", "index"))
+        keys = reference.lane_keys(seeds, reference.TOKEN_STREAM, lanes)
+        slots = self._upload(list(self._staged), torch.int64)
+
+        def write(target: Tensor, values: Any) -> None:
+            target.index_copy_(0, slots, self._upload(values, target.dtype))
+
+        for name in ("log_w", "log_p", "log_psi", "position"):
+            write(getattr(self.lanes, name), [getattr(spec, name) for spec in specs])
+        write(self.lanes.last, [spec.last_position for spec in specs])
+        write(self.lanes.ended, [False] * len(specs))
+        write(self.lanes.keys, keys.numpy())
+        write(self.lanes.stops, stops)
+        write(self.scale, [spec.scale for spec in specs])
+        write(self.base_proposal, [spec.base_proposal for spec in specs])
+        held = [spec.pinned or () for spec in specs]
+        longest, width = max(map(len, held)), self.pinned.shape[1]
+        if longest > width:
+            self.pinned, width = torch.nn.functional.pad(self.pinned, (0, longest - width), value=-1), longest
+        write(self.pinned, [[*tokens, *([-1] * (width - len(tokens)))] for tokens in held])
+        write(self.inverse_temperature, [spec.inverse_temperature for spec in specs])
+        self._staged.clear()
+
+    def _lay_out(self) -> None:
+        self._changed = False
+        rows = np.fromiter(self._group_rows.values(), dtype=np.int64, count=len(self._group_rows))
+        if not len(rows):
+            self.groups, self.forks = None, False
+            return
+        width = int(self._width[rows].max())
+        seeds = torch.from_numpy(self._seeds[rows])
+        keys = reference.lane_keys(seeds, reference.RESAMPLE_STREAM, torch.zeros_like(seeds))
+        self.groups = reference.Groups(
+            members=self._upload(self._members[rows, :width], torch.int32),
+            sizes=self._upload(self._sizes[rows], torch.int32),
+            thresholds=self._upload(self._thresholds[rows], torch.float64),
+            schemes=self._upload(self._schemes[rows], torch.int64),
+            keys=self._upload(keys.numpy(), torch.int64),
+            pinned=self._upload(self._pinned[rows], torch.bool),
+        )
+        self.forks = bool(((self._thresholds[rows] > 0) & (self._width[rows] > 1)).any())
+
+    # ---- the step -------------------------------------------------------------------------
+
+    def find(self, idx_mapping: Tensor, idx_mapping_np: np.ndarray, partial: np.ndarray) -> LaneRows | None:
+        """Return the lanes of a batch, given each row's slot, [N], and whether its prefill goes on."""
+        chosen = self.is_lane[idx_mapping_np] & ~partial
+        if not chosen.any():
+            return None
+        rows_np = np.flatnonzero(chosen)
+        if len(rows_np) == len(chosen):
+            return LaneRows(None, rows_np, idx_mapping, idx_mapping_np)
+        rows = self._upload(rows_np, torch.int64)
+        return LaneRows(rows, rows_np, idx_mapping[rows], idx_mapping_np[rows_np])
+
+    @torch.inference_mode()
+    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor) -> Draw:
+        """Weigh, resample, then sample one token for every lane in the batch (Zhao et al. 2024, Prop. 3.3).
+
+        Args:
+            logits: [N, V] of the whole batch, as p0 is drawn from but for the lanes' own temperatures.
+            found: the lanes in it.
+            log_psi: log psi of every next token, [L, V].
+        """
+        rows, slots, where = found.rows, found.slots, found.slots_np
+        beta = self.inverse_temperature[slots] if self._tempered[where].any() else None
+        scale = self.scale[slots] if self._scaled[where].any() else None
+        on = {"backend": self.backend}
+        base = self.base_proposal[slots] if self._from_base[where].any() else None
+        log_psi_q = log_psi if base is None else log_psi.masked_fill(base[:, None], 0.0)
+        lse0, lse_psi = ops.twist_softmax(logits, log_psi_q, beta, scale, rows, **on)
+        before = self.lanes.log_psi[slots]
+        if base is not None:
+            # The weight of the last token was complete when it was drawn: nothing is due.
+            lse_psi = torch.where(base, lse0 + before, lse_psi)
+        self.row_of.fill_(-1)
+        self.row_of.index_copy_(0, slots, self.order[: len(where)])
+        assert self.groups is not None, "a batch with lanes before flush()"
+        moved = ops.advance(self.lanes, self.groups, self.row_of, lse0, lse_psi, **on)
+        ancestors = moved.ancestors
+        token, log_p, token_log_psi = ops.twist_sample(
+            logits, log_psi_q, lse0, ancestors, moved.keys, beta, scale, rows, **on
+        )
+        held = self._held[where].any()
+        if held:
+            at = (self.lanes.position[slots].long() - 1).clamp(0, self.pinned.shape[1] - 1)
+            forced = self.pinned[slots].gather(1, at[:, None])[:, 0]
+            token = torch.where(forced >= 0, forced, token)
+        if held or base is not None:
+            log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
+        if base is not None:
+            # q = p0: what the token adds to the weight is known only now (Eq. 10).
+            counts_now = base & ~self.lanes.ended[slots]
+            self.lanes.log_w[slots] += torch.where(counts_now, token_log_psi - before[ancestors], 0.0)
+        report = ops.settle(self.lanes, slots, moved, token, log_p, token_log_psi, **on)
+        counts = self._num_logprobs[where]
+        wanted = np.flatnonzero(counts != NO_LOGPROBS)
+        logprobs = None
+        if len(wanted):
+            index = self._upload(wanted, torch.int64)
+            parents = ancestors[index]
+            base = logits[parents if rows is None else rows[parents]].float()
+            if beta is not None:
+                base = base * beta[parents, None]
+            logprobs = lineage_logprobs(base - lse0[parents, None], token[index], int(counts.max()))
+        return Draw(token, ancestors, report, wanted, logprobs)
+
+    @staticmethod
+    def _values_of(
+        token: Tensor,
+        logits: Tensor,
+        log_psi: Tensor,
+        lse0: Tensor,
+        ancestors: Tensor,
+        beta: Tensor | None,
+        scale: Tensor | None,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p0 and log psi of given tokens, as ``ops.twist_sample`` does of those it draws."""
+        log_p = logits[ancestors if rows is None else rows[ancestors], token].float()
+        if beta is not None:
+            log_p = log_p * beta[ancestors]
+        value = log_psi[ancestors, token].float()
+        if scale is not None:
+            value = torch.where(scale[ancestors] == 0, 0.0, value * scale[ancestors])
+        return log_p - lse0[ancestors], value
+
+    def num_logprobs(self, found: LaneRows) -> np.ndarray:
+        """Return how many logprobs each lane wants, [L]; ``NO_LOGPROBS`` for none at all."""
+        return self._num_logprobs[found.slots_np]
