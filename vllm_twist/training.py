@@ -62,6 +62,8 @@ STATE_NAME = "training_state.pt"
 MAX_VALUES = 2**26
 #: Tokens in one forward pass of the model.
 MAX_TOKENS = 2**16
+#: Padding that is not worth a pass of its own, in tokens.
+MIN_PADDING = 256
 #: Draws from p0, in batches of ``particles``, after which a search for exact samples is given up.
 MAX_ROUNDS = 100
 
@@ -481,16 +483,13 @@ class TwistTrainer:
         """Return the hidden state before each output token [N, H], row after row, without gradient.
 
         Where attention takes packed sequences, all rows form one, and nothing is padded. Elsewhere the
-        prompt is computed once and shared through its KV cache, and rows of like length go together;
-        padding stands on the right, where causal attention never sees it.
+        prompt is computed once and shared through its KV cache, and rows of like length go together
+        (``_passes``); padding stands on the right, where causal attention never sees it.
         """
         if self.config.attention in attention.PACKED:
             return attention.packed_states(self.model, prompt_ids, token_ids, MAX_TOKENS)
-        order = sorted(range(len(token_ids)), key=lambda k: len(token_ids[k]))
-        rows = max(1, MAX_TOKENS // (len(prompt_ids) + max(map(len, token_ids))))
         states: dict[int, Tensor] = {}
-        for start in range(0, len(order), rows):
-            chosen = order[start : start + rows]
+        for chosen in _passes([len(row) for row in token_ids], len(prompt_ids)):
             cache, first = prefill(self.model, prompt_ids, len(chosen))
             columns = [first[:, None]]
             width = len(token_ids[chosen[-1]])
@@ -554,7 +553,8 @@ class TwistTrainer:
             return
         name = self.config.sampler
         if name == "auto":
-            name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+            engine = importlib.util.find_spec("vllm") and not self.config.condition_tokens
+            name = "vllm" if engine else "transformers"
         if name == "transformers":
             self.sampler = TransformersSampler(self.model, self.end_ids)
             return
@@ -622,6 +622,21 @@ class TwistTrainer:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update = state["update"]
+
+
+def _passes(lengths: Sequence[int], prompt_length: int) -> list[list[int]]:
+    """Return the rows of each forward pass, shortest first: rows of like length, so that little is padding."""
+    passes: list[list[int]] = [[]]
+    total = 0
+    for k in sorted(range(len(lengths)), key=lambda k: lengths[k]):
+        padded = (len(passes[-1]) + 1) * lengths[k]
+        total += lengths[k]
+        full = padded + (len(passes[-1]) + 1) * prompt_length > MAX_TOKENS
+        if passes[-1] and (full or padded - total > max(MIN_PADDING, total / 4)):
+            passes.append([])
+            total = lengths[k]
+        passes[-1].append(k)
+    return passes
 
 
 def _metrics(scored: dict[str, _Drawn]) -> dict[str, float]:
