@@ -17,7 +17,7 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
-from vllm_twist import TwistHead, TwistHeadConfig, attention, training
+from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
 from vllm_twist.sampling import LAWS, DrawRequest, Draws, TransformersSampler
@@ -119,12 +119,12 @@ def test_scores_are_those_of_one_row_at_a_time(small: Tiny, monkeypatch, chunks:
     by length: rows of like length in passes of their own.
     """
     if chunks == "in parts":
-        monkeypatch.setattr(training, "MAX_TOKENS", 1)
-        monkeypatch.setattr(training, "MAX_VALUES", 2 * small.vocab)
+        monkeypatch.setattr(teacher_forcing, "MAX_TOKENS", 1)
+        monkeypatch.setattr(teacher_forcing, "MAX_VALUES", 2 * small.vocab)
     if chunks == "by length":
-        monkeypatch.setattr(training, "MIN_PADDING", 0)
-        assert training._passes([3, 1, 2, 3, 1], 3) == [[1, 4], [2, 0, 3]]
-        assert training._passes([64] * 7 + [60] * 5, 3) == [[*range(7, 12), *range(7)]]
+        monkeypatch.setattr(teacher_forcing, "MIN_PADDING", 0)
+        assert teacher_forcing._passes([3, 1, 2, 3, 1], 3, 100) == [[1, 4], [2, 0, 3]]
+        assert teacher_forcing._passes([64] * 7 + [60] * 5, 3, 10**4) == [[*range(7, 12), *range(7)]]
     trainer = make(small, head=rough_head(small, 5))
     scores = trainer.score(PROMPTS[1], ROWS)
     assert scores.mask.sum(1).tolist() == [len(row) for row in ROWS]

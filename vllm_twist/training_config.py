@@ -108,6 +108,11 @@ class TrainingConfig:
             # One exact sample comes with every condition.
             object.__setattr__(self, "positives", "exact")
 
+    @property
+    def positive_law(self) -> str:
+        """The law whose draws stand for the target: q, smc or exact."""
+        return "q" if self.positives == "approximate" else self.positives
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TrainingConfig:
         """Build from keywords.
