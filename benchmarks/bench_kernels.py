@@ -92,6 +92,50 @@ def softmax_cases(rows: list[int], vocabularies: list[int], types: list[torch.dt
                 )
 
 
+def head_cases(rows: list[int], vocab: int, hidden: int, rank: int, dtype: torch.dtype, device: Any) -> Iterator[Case]:
+    """Heads with their softmax: is there anything to gain by fusing the two, or two products into one?
+
+    ``low_rank``: the values of the head written out and streamed in again, against ``torch.compile`` of both
+    together, which may keep them on the chip. ``tied``: the model's rows and the head's through the LM head in one
+    product, as the engine does it, against one product for each.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).mul_(shape[-1] ** -0.5).to(dtype)
+
+    name, linear = str(dtype).removeprefix("torch."), torch.nn.functional.linear
+    lm_head, down, up, bias = normal(vocab, hidden), normal(rank, hidden), normal(vocab, rank), normal(vocab)
+    for n in rows:
+        h, size = normal(n, hidden), f"{n} x {vocab}"
+        logits = normal(n, vocab)
+
+        def low_rank(logits: Tensor, h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.twist_softmax(logits, linear(linear(h, down), up, bias))
+
+        yield Case(
+            "low_rank and softmax",
+            size,
+            name,
+            (n * vocab + vocab * rank) * dtype.itemsize,
+            lambda x=logits, h=h: ops.twist_softmax(x, linear(linear(h, down), up, bias)),
+            low_rank,
+            (logits, h, down, up, bias),
+        )
+
+        def two_products(h: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+            return linear(h, lm_head), linear(update, lm_head)
+
+        yield Case(
+            "tied, one product",
+            size,
+            name,
+            vocab * hidden * dtype.itemsize,
+            lambda h=h: linear(torch.cat([h, h]), lm_head),
+            two_products,
+            (h, h),
+        )
+
+
 def group_cases(sizes: list[tuple[int, int]], layers: int, device: Any) -> Iterator[Case]:
     """Resample groups whose weights are uneven, then fork: tables, histories and partial blocks of 16 tokens."""
     for g, k in sizes:
@@ -102,11 +146,35 @@ def group_cases(sizes: list[tuple[int, int]], layers: int, device: Any) -> Itera
         uniforms = torch.rand(g, k, device=device)
         weights = (log_w, flags, flags[:, 0].contiguous(), ones, schemes, uniforms)
         moved = n * (4 + 1 + 4 + 8 + 4)
+        lanes = torch.arange(n, device=device)
+        state = reference.Lanes(
+            log_w=log_w.reshape(-1).double(),
+            log_p=torch.zeros(n, dtype=torch.float64, device=device),
+            log_psi=torch.zeros(n, device=device),
+            position=torch.full((n,), 5, dtype=torch.int32, device=device),
+            last=torch.full((n,), 10**9, dtype=torch.int32, device=device),
+            ended=torch.zeros(n, dtype=torch.bool, device=device),
+            keys=lanes,
+            stops=torch.full((n, 1), -1, dtype=torch.int32, device=device),
+        )
+        members = lanes.int().reshape(g, k)
+        counts = torch.full((g,), k, dtype=torch.int32, device=device)
+        table_of = reference.Groups(members, counts, ones.double(), schemes, lanes[:g])
+        sums = torch.zeros(n, device=device), log_w.reshape(-1).clone()
+        step = (state, table_of, members.reshape(-1), *sums)
+        yield Case(
+            "advance",
+            size,
+            "float64",
+            n * (8 + 4 + 4 + 4 + 1 + 8 + 4 + 4 + 4 + 8 + 4 + 8 + 8 + 8 + 1),
+            lambda a=step: ops.advance(*a),
+            reference.advance,
+            step,
+        )
         yield Case("resample", size, "float32", moved, lambda a=weights: ops.resample(*a), reference.resample, weights)
 
         picked = reference.resample(*weights)[0]
         ancestors = (picked + torch.arange(g, device=device)[:, None] * k).reshape(-1)
-        lanes = torch.arange(n, device=device)
         dead = int((ancestors != lanes).sum())
         computed, first = torch.full_like(lanes, 300), torch.full_like(lanes, 100)
         table = torch.arange(n * 32, dtype=torch.int32, device=device).reshape(n, 32)
@@ -172,11 +240,16 @@ def main() -> None:
     if gpu:
         cases = [
             softmax_cases([16, 64, 256, 1024], [32_000, 128_256, 151_936], [torch.bfloat16, torch.float32], device),
+            head_cases([16, 64, 256], 128_256, 4096, 64, torch.bfloat16, device),
             group_cases([(64, 16), (8, 128), (1, 1024)], 32, device),
         ]
     else:
         torch.set_num_threads(1)
-        cases = [softmax_cases([16], [1_000, 32_000], [torch.float32], device), group_cases([(8, 16)], 4, device)]
+        cases = [
+            softmax_cases([16], [1_000, 32_000], [torch.float32], device),
+            head_cases([16, 64], 32_000, 512, 64, torch.float32, device),
+            group_cases([(8, 16)], 4, device),
+        ]
     backend = "triton" if gpu else "torch"
     software = f"{versions()} triton {metadata.version('triton')}"
     bandwidth = copy_bandwidth(device, 2**28 if gpu else 2**24, args.repeats)
@@ -218,7 +291,7 @@ def main() -> None:
 
 def compiled_median(case: Case, device: torch.device, repeats: int) -> float | None:
     """Return the median time of ``torch.compile`` of the reference; None for an op without a fixed shape to compile."""
-    if case.op not in ("twist_softmax", "twist_sample", "resample"):
+    if case.op in ("advance", "fork_rows", "copy_partial_blocks", "resample and fork"):
         return None
     torch.compiler.reset()
     compiled = torch.compile(case.baseline, dynamic=False)

@@ -84,6 +84,17 @@ def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch: pytest.Mon
         assert_rescored(wide, output)
 
 
+def test_memory_is_measured_with_the_head(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's trial runs, by which it sizes the KV cache, evaluate the head and pass over the vocabulary."""
+    llm, values = engine(wide), []
+    twist = worker_of(llm).twist
+    monkeypatch.setattr(twist.sampler, "fork", None)
+    real = twist.readout.log_psi
+    monkeypatch.setattr(twist.readout, "log_psi", lambda: values.append(real()) or values[-1])
+    worker_of(llm).model_runner._dummy_sampler_run(torch.randn(5, 64))
+    assert [x.shape for x in values] == [(5, wide.vocab)]
+
+
 def test_particle_that_ends_leaves_one_step_later(engine, wide: Tiny) -> None:
     """A lane whose particle has ended is in the batch once more at most, takes no part, and is then gone."""
     llm = engine(wide)

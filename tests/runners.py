@@ -14,9 +14,9 @@ RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
-def fewer(n: int) -> int:
+def fewer(n: int, least: int = 6) -> int:
     """Return how many of ``n`` groups a statistical test affords."""
-    return n if RUNNER == "v1" else max(n // 25, 6)
+    return n if RUNNER == "v1" else max(n // 25, least)
 
 
 def emulate() -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runners
 from test_engine import assert_rescored, prompt_of
 from tiny import Tiny
 
@@ -16,13 +18,17 @@ from vllm_twist import results
 
 SCRIPT = """
 import json, sys
-from vllm import LLM, SamplingParams
+sys.path.insert(0, sys.argv[5])
+import runners
+RUNNER = runners.options()  # in every process: this file is each one's main module
 
 def main():
+    from vllm import LLM, SamplingParams
+
     prompts, options = json.loads(sys.argv[3]), json.loads(sys.argv[4])
     llm = LLM(sys.argv[1], twist_head=sys.argv[2], skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
-              max_model_len=256, block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=32, **options)
-    params = SamplingParams(max_tokens=70, seed=1, ignore_eos=True, detokenize=False, extra_args={
+              max_model_len=256, block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=32, **RUNNER, **options)
+    params = SamplingParams(max_tokens=int(sys.argv[6]), seed=1, ignore_eos=True, detokenize=False, extra_args={
         "twist_particles": 8, "twist_ess_threshold": 1.0, "twist_return_particles": True})
     outs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     print("RESULT", json.dumps([out.kv_transfer_params for out in outs]))
@@ -44,14 +50,18 @@ class Output:
 def run(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     script = tmp_path_factory.mktemp("parallel") / "generate.py"
     script.write_text(SCRIPT)
-    prompts = [prompt_of(40), prompt_of(5)]
 
-    def generate(**options: Any) -> list[Output]:
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    def generate(prompts: list[list[int]], max_tokens: int, runner: str = "v1", **options: Any) -> list[Output]:
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TWIST_TEST_RUNNER": runner}
+        if runner != "v1":
+            env |= runners.ENVIRONMENT
         if options.get("tensor_parallel_size", 1) > 1:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
         done = subprocess.run(
-            [sys.executable, script, wide.path, wide.head_path, json.dumps(prompts), json.dumps(options)],
+            [
+                sys.executable, script, wide.path, wide.head_path, json.dumps(prompts), json.dumps(options),
+                Path(__file__).parent, str(max_tokens),
+            ],
             capture_output=True, text=True, env=env, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -62,12 +72,15 @@ def run(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return generate
 
 
-def test_two_workers_decide_alike(run, wide: Tiny):
+@pytest.mark.parametrize("runner, lengths, max_tokens", [("v1", (40, 5), 70), ("v2-async", (30, 5), 7)])
+def test_two_workers_decide_alike(run, wide: Tiny, runner: str, lengths: tuple[int, int], max_tokens: int):
     """Tensor parallelism over two processes: each rank resamples and forks as the other, or rescoring fails."""
-    alone, together = run(), run(tensor_parallel_size=2)
+    prompts = [prompt_of(length) for length in lengths]
+    alone = run(prompts, max_tokens)
+    together = run(prompts, max_tokens, runner, tensor_parallel_size=2)
     for one, two in zip(alone, together, strict=True):
         assert_rescored(wide, one)
         assert_rescored(wide, two)
         # The ranks add up their halves in another order: log Z may differ by rounding, or by one
         # token that rounding turned over, after which the groups are two different draws.
-        assert results(one)[0].num_resamplings == results(two)[0].num_resamplings == 68
+        assert results(one)[0].num_resamplings == results(two)[0].num_resamplings == max_tokens - 2

@@ -13,7 +13,7 @@ from tiny import Tiny
 from vllm_twist import results
 
 #: Requests per load.
-LOAD = 100 if RUNNER == "v1" else 16
+LOAD = 100 if RUNNER == "v1" else 10
 SCHEMES = ["systematic", "stratified", "multinomial", "residual"]
 
 

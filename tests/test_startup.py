@@ -42,7 +42,6 @@ REFUSED = [
     ({"worker_cls": "x.Y"}, r"`worker_cls` cannot be combined with `twist_head`"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, r"`speculative_config` cannot be"),
     ({"enable_lora": True}, r"`enable_lora` cannot be combined"),
-    ({"async_scheduling": True}, r"`async_scheduling` cannot be combined"),
     ({"pipeline_parallel_size": 2}, r"`pipeline_parallel_size` must be 1 with `twist_head`, got 2"),
     ({"runner": "pooling"}, r"`twist_head` needs a generating model"),
 ]
@@ -52,6 +51,29 @@ REFUSED = [
 def test_refused_at_start_up(small: Tiny, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         start(small, **options)
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("parallel_config", "decode_context_parallel_size", 2),
+        ("parallel_config", "prefill_context_parallel_size", 2),
+        ("parallel_config", "enable_batch_sharded_sampling", True),
+        ("model_config", "return_sampling_mask", True),
+    ],
+)
+def test_unsupported_by_the_device_path(small: Tiny, part: str, name: str, value: Any):
+    """What vLLM allows on a GPU only, and forks would not follow."""
+    from conftest import ENGINE
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_twist import TwistConfig
+    from vllm_twist.engine.plugin import configure
+
+    config = EngineArgs(str(small.path), **ENGINE).create_engine_config()
+    setattr(getattr(config, part), name, value)
+    with pytest.raises(ValueError, match=rf"`{name}` cannot be combined with `twist_head`, got {value}: drop it"):
+        configure(config, TwistConfig.from_options({"twist_head": str(small.head_path)}))
 
 
 @pytest.mark.parametrize(
@@ -106,12 +128,6 @@ def test_sliding_window_model_is_refused(tmp_path: Path):
 def test_unsupported_vllm(small: Tiny, monkeypatch: pytest.MonkeyPatch, version: str):
     monkeypatch.setattr(metadata, "version", lambda name: version)
     with pytest.raises(ValueError, match=rf"needs vLLM >=0.32,<0.33, got {version.replace('+', '.')}"):
-        start(small)
-
-
-def test_model_runner_v2_is_refused(small: Tiny, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="`VLLM_USE_V2_MODEL_RUNNER` must be 0"):
         start(small)
 
 

@@ -11,20 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector, PendingAuxOutput
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_twist.engine import compat
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
-from vllm_twist.engine.scheduler import TwistScheduler, TwistSchedulerMixin
+from vllm_twist.engine.logits_processor_v2 import TwistLogitsProcessorV2
+from vllm_twist.engine.sampler_v2 import StepOutput, StepOutputs, TwistSampler
+from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
 from vllm_twist.engine.worker import TwistWorkerMixin
 
 
@@ -45,6 +53,13 @@ OVERRIDDEN = [
     *((TwistLogitsProcessor, LogitsProcessor, name) for name in (
         "__init__", "is_argmax_invariant", "update_state", "apply",
     )),
+    *((TwistLogitsProcessorV2, LogitsProcessorV2, name) for name in (
+        "__init__", "add_request", "apply_staged_writes", "apply",
+    )),
+    *((TwistSampler, Sampler, name) for name in ("__call__", "_sample_random")),
+    # Not bases, but what the runner expects in their places.
+    *((StepOutputs, AuxOutputWorkerConnector, name) for name in ("begin_step", "prepare_output", "close")),
+    *((StepOutput, PendingAuxOutput, name) for name in ("enqueue_cpu_copy", "process_output")),
 ]  # fmt: skip
 
 
@@ -56,12 +71,21 @@ def test_overrides_have_the_signatures_of_what_they_override(ours: type, theirs:
 def test_every_override_is_listed():
     """A method that shares its name with the base but is missing above would drift unseen."""
     listed = {(ours, name) for ours, _, name in OVERRIDDEN} | {(TwistSchedulerMixin, "__init__")}
-    for ours, theirs in ((TwistSchedulerMixin, Scheduler), (TwistWorkerMixin, Worker)):
+    listed.add((TwistSampler, "__init__"))
+    bases = (
+        (TwistSchedulerMixin, Scheduler),
+        (TwistSchedulerMixin, AsyncScheduler),
+        (TwistWorkerMixin, Worker),
+        (TwistSampler, Sampler),
+    )
+    for ours, theirs in bases:
         for name in vars(ours):
             if callable(getattr(ours, name)) and hasattr(theirs, name) and name not in dir(object):
                 assert (ours, name) in listed, name
-    assert issubclass(TwistScheduler, Scheduler)
-    assert TwistScheduler.schedule is TwistSchedulerMixin.schedule
+    assert issubclass(TwistScheduler, Scheduler) and not issubclass(TwistScheduler, AsyncScheduler)
+    assert issubclass(TwistAsyncScheduler, AsyncScheduler)
+    for scheduler in (TwistScheduler, TwistAsyncScheduler):
+        assert scheduler.schedule is TwistSchedulerMixin.schedule
 
 
 PATCHED = [
@@ -108,6 +132,13 @@ SOURCES = {
                 "drop_stale_output",
                 "request.next_decode_eligible_step"],
     ParentRequest: ["child_requests"],
+    AsyncScheduler: ["request.num_output_placeholders"],
+    GPUModelRunner: ["self.execute_model_state", "self.aux_output_connector.prepare_output(input_batch)",
+                     "self.aux_output_connector: AuxOutputWorkerConnector | None = None",
+                     "self.sampler(logits, input_batch)",
+                     "self.model.compute_logits(sample_hidden_states)"],
+    AsyncOutput: ["self.pending_aux_output.enqueue_cpu_copy(", "aux_output_connector_output"],
+    Sampler: ["self.logits_processors", "self.penalties_state", "self._sample_random("],
 }  # fmt: skip
 
 
@@ -116,6 +147,13 @@ def test_internals_in_use_still_exist(owner: type):
     source = inspect.getsource(owner)
     for name in SOURCES[owner]:
         assert name in source, f"{owner.__name__} no longer has {name}"
+
+
+def test_the_step_comes_between_the_draw_and_the_runners_own_update():
+    """Forks are right only there: the KV cache holds the step's tokens, and the histories do not hold the new one."""
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    calls = ("self.sample(", "async_output = AsyncOutput(", "self.postprocess_sampled(")
+    assert [source.index(call) for call in calls] == sorted(source.index(call) for call in calls)
 
 
 def test_copy_on_write_list_keeps_and_frees_both_ends():

@@ -25,6 +25,8 @@ class RunnerV2:
         runner.aux_output_connector = StepOutputs(self.sampler, reports=get_tp_group().is_first_rank)
 
     def _lane_rows(self) -> Rows:
+        if self.sampler.fork is None:
+            return slice(None)  # no request yet: the runner measures itself
         found = self.sampler.found
         return None if found is None else slice(None) if found.rows is None else found.rows
 

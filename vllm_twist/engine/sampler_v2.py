@@ -19,6 +19,7 @@ from vllm_twist.engine.fork_v2 import Fork
 from vllm_twist.engine.lanes import TwistStep
 from vllm_twist.engine.readout import Readout
 from vllm_twist.engine.slots import Draw, LaneRows, SlotTable
+from vllm_twist.kernels import ops
 
 
 class TwistSampler(Sampler):
@@ -43,11 +44,23 @@ class TwistSampler(Sampler):
         self.found = self.table.find(input_batch.idx_mapping, input_batch.idx_mapping_np, partial)
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        if self.fork is None:
+            self._rehearse(logits)
         output = super().__call__(logits, input_batch)
         if self.drawn is not None and self.table.forks:
             assert self.found is not None and self.fork is not None, "lanes before the KV cache was set up"
             self.fork(self.found, self.drawn.ancestors, input_batch.seq_lens)
         return output
+
+    def _rehearse(self, logits: Tensor) -> None:
+        """Pass over the vocabulary as a step does, for nothing: vLLM is measuring memory, or warming kernels up.
+
+        It sizes the KV cache by what such runs take, which must include the values of the head.
+        """
+        log_psi = self.readout.log_psi()
+        lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
+        keys = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
 
     def _sample_random(
         self,
