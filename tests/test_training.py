@@ -17,7 +17,7 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
-from vllm_twist import TwistHead, TwistHeadConfig, attention, training
+from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
 from vllm_twist.sampling import LAWS, DrawRequest, Draws, TransformersSampler
@@ -113,12 +113,18 @@ def rough_head(tiny: Tiny, seed: int) -> TwistHead:
 ROWS = [[2, 0, 3], [1], [3, 1], [0, 0, 0], [2]]
 
 
-@pytest.mark.parametrize("chunks", ["whole", "in parts"])
+@pytest.mark.parametrize("chunks", ["whole", "in parts", "by length"])
 def test_scores_are_those_of_one_row_at_a_time(small: Tiny, monkeypatch, chunks: str):
-    """Against a plain forward pass of every prefix; in parts: one row per pass, two tokens per vocabulary product."""
+    """Against a plain forward pass of every prefix; in parts: one row per pass, two tokens per vocabulary product;
+    by length: rows of like length in passes of their own.
+    """
     if chunks == "in parts":
-        monkeypatch.setattr(training, "MAX_TOKENS", 1)
-        monkeypatch.setattr(training, "MAX_VALUES", 2 * small.vocab)
+        monkeypatch.setattr(teacher_forcing, "MAX_TOKENS", 1)
+        monkeypatch.setattr(teacher_forcing, "MAX_VALUES", 2 * small.vocab)
+    if chunks == "by length":
+        monkeypatch.setattr(teacher_forcing, "MIN_PADDING", 0)
+        assert teacher_forcing._passes([3, 1, 2, 3, 1], 3, 100) == [[1, 4], [2, 0, 3]]
+        assert teacher_forcing._passes([64] * 7 + [60] * 5, 3, 10**4) == [[*range(7, 12), *range(7)]]
     trainer = make(small, head=rough_head(small, 5))
     scores = trainer.score(PROMPTS[1], ROWS)
     assert scores.mask.sum(1).tolist() == [len(row) for row in ROWS]
@@ -635,6 +641,7 @@ def test_a_resumed_run_with_an_engine_of_its_own(small: Tiny, tmp_path: Path):
         ({"sampler": "vlm"}, r"`sampler` must be one of auto, vllm, transformers, got 'vlm' \(did you mean 'vllm'"),
         ({"attention": "flash"}, "`attention` must be one of sdpa, eager, flash_attention_2, xformers, got 'flash'"),
         ({"dtype": "int8"}, "`dtype` must be one of auto, float32"),
+        ({"sampler": "vllm", "condition_tokens": 2}, "`sampler` must not be vllm with `condition_tokens`"),
         ({"proposal_only": 3}, "`proposal_only` must be 0 or 1"),
     ],
 )

@@ -171,7 +171,7 @@ def test_copy_on_write_list_keeps_and_frees_both_ends():
 #: Modules of the product in the order in which they may import each other.
 LAYERS = [
     "kernels", "config", "resampling", "smc", "results", "twist", "potentials", "objectives", "attention", "sampling",
-    "engine", "processes", "training_config", "training", "cli_train", "cli",
+    "teacher_forcing", "engine", "processes", "training_config", "training", "cli_train", "cli",
 ]  # fmt: skip
 
 

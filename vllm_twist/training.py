@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vllm_twist import attention
 from vllm_twist.objectives import (
@@ -33,7 +32,6 @@ from vllm_twist.objectives import (
     dpg_loss,
     fudge_loss,
     get_objective,
-    log_normaliser,
     log_weights,
     pcl_loss,
     rl_loss,
@@ -48,53 +46,19 @@ from vllm_twist.sampling import (
     Sampler,
     TransformersSampler,
     check_length,
-    condition_state,
     end_token_ids,
-    head_output,
     logits_of,
-    prefill,
 )
+from vllm_twist.teacher_forcing import Scores, score
 from vllm_twist.training_config import TrainingConfig
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 STATE_NAME = "training_state.pt"
-#: Values over the vocabulary that are held at a time; what lies beyond is computed anew for the gradient.
-MAX_VALUES = 2**26
-#: Tokens in one forward pass of the model.
-MAX_TOKENS = 2**16
 #: Draws from p0, in batches of ``particles``, after which a search for exact samples is given up.
 MAX_ROUNDS = 100
 
 
-# -- What a teacher-forced pass gives ----------------------------------------------------------
-@dataclass(frozen=True)
-class Scores:
-    """Values of B given outputs of one prompt, padded on the right to the longest length T; all [B, T].
-
-    Attributes:
-        mask: True up to and with the final token.
-        log_p: log p0 of each token (nats).
-        logit: the head's output at each token, before its activation; carries the gradient.
-        log_psi: log twist at each token; carries the gradient.
-        log_norm: log Z^pi_t, the normaliser of q at each step; carries the gradient.
-    """
-
-    mask: Tensor
-    log_p: Tensor
-    logit: Tensor
-    log_psi: Tensor
-    log_norm: Tensor
-
-    @property
-    def log_q(self) -> Tensor:
-        """log probability of each token under the twist-induced proposal (Zhao et al. 2024, Prop. 3.3)."""
-        return self.log_p + self.log_psi - self.log_norm
-
-    def final(self, values: Tensor) -> Tensor:
-        """Return values [B] at the final tokens."""
-        return values.gather(1, self.mask.sum(1, keepdim=True) - 1)[:, 0]
-
-
+# -- The sequences of one update ---------------------------------------------------------------
 @dataclass(frozen=True)
 class _Drawn:
     """Outputs of one prompt by one law, scored."""
@@ -114,18 +78,17 @@ class _Target:
 
     slot: int
     prompt_ids: tuple[int, ...]
-    potential: Potential
+    potential: Potential | None
     condition: tuple[int, ...] | None = None
     exact: list[list[int]] = field(default_factory=list)
 
 
 def _laws(config: TrainingConfig) -> tuple[str, ...]:
     """Return which sequences an update needs: those of ``sampling.LAWS``, and exact samples of sigma."""
-    positives = {"approximate": "q"}.get(config.positives, config.positives)
     needed = {
-        "ctl": ("q", positives),
-        "sixo": ("p0", positives),
-        "dpg": (positives,),
+        "ctl": ("q", config.positive_law),
+        "sixo": ("p0", config.positive_law),
+        "dpg": (config.positive_law,),
         "rl": ("q",),
         "pcl": ("q",),
         "fudge": ("p0",),
@@ -135,7 +98,7 @@ def _laws(config: TrainingConfig) -> tuple[str, ...]:
 
 def _loss(config: TrainingConfig, drawn: dict[str, _Drawn]) -> Tensor:
     """Return the loss of one prompt's sequences."""
-    positives = drawn.get({"approximate": "q"}.get(config.positives, config.positives))
+    positives = drawn.get(config.positive_law)
     name = config.objective
     if name == "fudge":
         rollouts = drawn["p0"]
@@ -231,6 +194,7 @@ class TwistTrainer:
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=config.lr)
         self.update = 0
         self.sampler = sampler
+        self._packed = config.attention in attention.PACKED
         self._engine_args = dict(engine_args or {})
 
     def __enter__(self) -> TwistTrainer:
@@ -341,7 +305,7 @@ class TwistTrainer:
         prompt_ids = tuple(prompts[slot % len(prompts)])
         check_length(self.model, prompt_ids, self.config.max_tokens + self.config.condition_tokens)
         if self.potential is None:
-            return _Target(slot, prompt_ids, Continuation(self.model, [0]))  # replaced with the condition
+            return _Target(slot, prompt_ids, None)  # comes with its condition
         text = "" if self.tokenizer is None else self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
         return _Target(slot, prompt_ids, self.potential.given(prompt_ids, text))
 
@@ -442,67 +406,14 @@ class TwistTrainer:
         texts = [""] * len(token_ids)
         if self.tokenizer is not None:
             texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        assert target.potential is not None
         return torch.tensor(target.potential(token_ids, texts), device=self.model.device)
 
     def score(
         self, prompt_ids: Sequence[int], token_ids: Sequence[Sequence[int]], condition: Sequence[int] | None = None
     ) -> Scores:
         """Return log p0, log psi and the proposal's normaliser of given outputs of one prompt, with gradient."""
-        with torch.no_grad():
-            hidden = self._hidden(prompt_ids, token_ids)
-            state = condition_state(self.model, condition)
-        device = hidden.device
-        tokens = torch.tensor([token for row in token_ids for token in row], device=device)
-        lengths = torch.tensor([len(row) for row in token_ids], device=device)
-        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-        chunk = max(1, MAX_VALUES // self.head.config.vocab_size)
-        flat: tuple[Tensor, ...]
-        if len(tokens) <= chunk:
-            flat = self._read(hidden, tokens, state)
-        else:
-            parts = [
-                checkpoint(self._read, h, t, state, use_reentrant=False)
-                for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
-            ]
-            flat = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        return Scores(mask, *(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
-
-    def _read(self, hidden: Tensor, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, ...]:
-        """Return log p0, logit, log psi and log Z^pi [N] of tokens [N] after prefixes [N, H]."""
-        with torch.no_grad():
-            log_p = logits_of(self.model, hidden).log_softmax(-1)
-        logit = head_output(self.model, self.head, hidden, state, logit=True)
-        log_psi = self.head.activate(logit)
-        index = tokens[:, None]
-        picked = (values.gather(1, index)[:, 0] for values in (log_p, logit, log_psi))
-        return (*picked, log_normaliser(log_p, log_psi))
-
-    def _hidden(self, prompt_ids: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Return the hidden state before each output token [N, H], row after row, without gradient.
-
-        Where attention takes packed sequences, all rows form one, and nothing is padded. Elsewhere the
-        prompt is computed once and shared through its KV cache, and rows of like length go together;
-        padding stands on the right, where causal attention never sees it.
-        """
-        if self.config.attention in attention.PACKED:
-            return attention.packed_states(self.model, prompt_ids, token_ids, MAX_TOKENS)
-        order = sorted(range(len(token_ids)), key=lambda k: len(token_ids[k]))
-        rows = max(1, MAX_TOKENS // (len(prompt_ids) + max(map(len, token_ids))))
-        states: dict[int, Tensor] = {}
-        for start in range(0, len(order), rows):
-            chosen = order[start : start + rows]
-            cache, first = prefill(self.model, prompt_ids, len(chosen))
-            columns = [first[:, None]]
-            width = len(token_ids[chosen[-1]])
-            if width > 1:
-                inputs = [[*token_ids[k][:-1], *[0] * (width - len(token_ids[k]))] for k in chosen]
-                output = self.model.base_model(
-                    input_ids=torch.tensor(inputs, device=self.model.device), past_key_values=cache, use_cache=True
-                )
-                columns.append(output.last_hidden_state)
-            block = torch.cat(columns, 1)
-            states.update((k, block[i, : len(token_ids[k])]) for i, k in enumerate(chosen))
-        return torch.cat([states[k] for k in range(len(token_ids))])
+        return score(self.model, self.head, prompt_ids, token_ids, condition, packed=self._packed)
 
     # -- Set-up
     def _load(self, model: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -554,7 +465,8 @@ class TwistTrainer:
             return
         name = self.config.sampler
         if name == "auto":
-            name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+            engine = importlib.util.find_spec("vllm") and not self.config.condition_tokens
+            name = "vllm" if engine else "transformers"
         if name == "transformers":
             self.sampler = TransformersSampler(self.model, self.end_ids)
             return

@@ -76,7 +76,9 @@ class TrainingConfig:
         default=0,
     )
     sampler: str = _option(
-        _one_of(SAMPLERS), "what draws the sequences; auto: vllm where it is installed", default="auto"
+        _one_of(SAMPLERS),
+        "what draws the sequences; auto: vllm where it is installed, but for infilling",
+        default="auto",
     )
     attention: str = _option(
         _one_of(attention.IMPLEMENTATIONS),
@@ -97,9 +99,19 @@ class TrainingConfig:
                 f"`positives` must be approximate for {self.objective}, which has none, got {self.positives!r}: drop "
                 "it, or use ctl, sixo or dpg."
             )
+        if self.condition_tokens and self.sampler == "vllm":
+            raise ValueError(
+                "`sampler` must not be vllm with `condition_tokens`, for requests cannot carry a condition yet: pass "
+                "transformers or auto."
+            )
         if self.condition_tokens and self.positives == "approximate" and self.objective in ("ctl", "sixo", "dpg"):
             # One exact sample comes with every condition.
             object.__setattr__(self, "positives", "exact")
+
+    @property
+    def positive_law(self) -> str:
+        """The law whose draws stand for the target: q, smc or exact."""
+        return "q" if self.positives == "approximate" else self.positives
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TrainingConfig:

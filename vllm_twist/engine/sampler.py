@@ -26,6 +26,9 @@ class EngineSampler:
     last layer, so the KV cache, prefixes cached from earlier requests included, depends on the base
     model alone, which never changes. No request is under way when the head is replaced.
 
+    The engine reads the head in the model's dtype, the trainer in float32: in half precision the law
+    drawn from and the log q that the trainer computes differ by that rounding.
+
     ``q`` is one request with ``count`` particles that never resample, ``smc`` one that does, ``p0`` a
     plain one with ``n = count``; all requests of a call run in one batch.
     """
@@ -71,16 +74,21 @@ class EngineSampler:
                 **engine_args,
             }
             if not options.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}:
-                options["kv_cache_memory_bytes"] = _kv_cache_bytes(model, options["max_num_seqs"], max_model_len)
+                options["kv_cache_memory_bytes"] = _kv_cache_bytes(
+                    model, options["max_num_seqs"], options["max_model_len"], 4 if dtype in ("auto", "float32") else 2
+                )
             self.llm: Any = LLM(model, **options)
 
     def set_head(self, head: TwistHead) -> None:
         from safetensors.torch import save
 
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
+        dtype = self.llm.llm_engine.vllm_config.model_config.dtype
+        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in head.state_dict().items()}
         self.llm.collective_rpc("set_twist_head_weights", args=(save(state),))
 
     def sample(self, requests: Sequence[DrawRequest]) -> list[Draws]:
+        if any(request.condition is not None for request in requests):
+            raise ValueError("`condition` must be None, for the engine takes none yet: use the transformers sampler.")
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
             [self._parameters(request) for request in requests],
@@ -103,8 +111,6 @@ class EngineSampler:
                 "twist_ess_threshold": ESS_THRESHOLD if request.law == "smc" else 0.0,
                 "twist_return_particles": 1,
             }
-            if request.condition is not None:
-                extra["twist_condition"] = list(request.condition)
         return SamplingParams(
             n=request.count if request.law == "p0" else 1,
             temperature=1.0,
@@ -125,7 +131,7 @@ class EngineSampler:
         return Draws([p.token_ids for p in particles], log_w)
 
 
-def _kv_cache_bytes(model: str, sequences: int, length: int) -> int | None:
+def _kv_cache_bytes(model: str, sequences: int, length: int, itemsize: int) -> int | None:
     """Return what so many sequences of this length need, with a margin; None for models that it cannot tell of."""
     from transformers import AutoConfig
 
@@ -138,7 +144,7 @@ def _kv_cache_bytes(model: str, sequences: int, length: int) -> int | None:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     block = 128  # the largest in common use
     tokens = block * (math.ceil(length / block) + 1) * (sequences + 8)
-    return 2 * layers * kv_heads * width * 4 * tokens
+    return 2 * layers * kv_heads * width * itemsize * tokens
 
 
 @contextlib.contextmanager
