@@ -44,6 +44,7 @@ def advance_kernel(
     thresholds,
     schemes,
     group_keys,
+    pinned,
     row_of,
     lse0,
     lse_psi,
@@ -88,7 +89,10 @@ def advance_kernel(
     u0 = tl.sum(tl.where(lane == 0, u, 0.0), axis=0)
     x = tl.where(here, own, -float("inf"))
     scheme, threshold = tl.load(schemes + group), tl.load(thresholds + group)
-    parent, fires, log_mean, _ = _resample(x, here, u, u0, scheme, threshold, allowed, width, K, STEPS)
+    hold = tl.full((), 0, tl.int1)
+    if pinned is not None:
+        hold = tl.load(pinned + group) != 0
+    parent, fires, log_mean, _ = _resample(x, here, u, u0, scheme, threshold, allowed, hold, width, K, STEPS)
 
     tl.store(log_w + slot, tl.where(fires, log_mean, own), mask=here)
     tl.store(positions + slot, position, mask=here)

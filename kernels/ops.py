@@ -191,6 +191,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,6 +209,8 @@ def resample(
         thresholds: float32 or float64 [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``reference.SCHEMES``.
         uniforms: float32 or float64 [G, K] on [0, 1].
+        pinned: bool [G], groups whose lane 0 keeps itself while the others resample conditionally on it
+            (``reference.resample``); with multinomial or residual resampling only.
         backend: "auto", "triton" (K up to 1,024) or "torch".
 
     Returns:
@@ -230,15 +233,19 @@ def resample(
     _check("thresholds", thresholds, (groups,), reals, device, "pass one threshold per group")
     _check("schemes", schemes, (groups,), (torch.int64,), device, "pass one code of reference.SCHEMES per group")
     _check("uniforms", uniforms, (groups, lanes), reals, device, "pass counter_uniforms(keys, K)")
+    if pinned is not None:
+        _check(
+            "pinned", pinned, (groups,), (torch.bool,), device, "pass one flag per group, or None for no pinned lane"
+        )
     if not _triton(backend, device):
-        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)
+        return reference.resample(log_w, live, allowed, thresholds, schemes, uniforms, pinned)
     if lanes > MAX_LANES:
         raise ValueError(
             f"`log_w` must have at most {MAX_LANES} lanes per group for Triton, got {lanes}: pass backend='torch'."
         )
     from . import resample as fused
 
-    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms))
+    return fused.resample(*_dense(log_w, live, allowed, thresholds, schemes, uniforms, pinned))
 
 
 def _check_state(lanes: Lanes, device: torch.device) -> None:
@@ -285,9 +292,10 @@ def advance(
         "groups.members", groups.members, (None, None), (torch.int32,), device, "pass slots, -1 for none", dense=True
     )
     count, width = groups.members.shape
-    types = (torch.int32, torch.float64, torch.int64, torch.int64)
+    types = (torch.int32, torch.float64, torch.int64, torch.int64, torch.bool)
     for name, x, dtype in zip(Groups._fields[1:], groups[1:], types, strict=True):
-        _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
+        if x is not None:
+            _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
     _check("row_of", row_of, (len(lanes.log_w),), (torch.int32,), device, "pass a row per slot, or -1", dense=True)
     _check("lse0", lse0, (None,), (torch.float32,), device, "pass what twist_softmax returned")
     _check("lse_psi", lse_psi, (len(lse0),), (torch.float32,), device, "pass what twist_softmax returned")

@@ -185,8 +185,15 @@ def _invert(cumulative: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     return torch.minimum(index, last).clamp_(min=0)
 
 
-def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor) -> Tensor:
-    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes."""
+def _offspring(
+    weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor, pinned: Tensor | None = None
+) -> Tensor:
+    """Return how many children each lane gets, int64 [G, K]; rows sum to the number of live lanes.
+
+    In a pinned group the law is weighted by the children of lane 0, as ``resample`` says. Those
+    are ``sure`` ones and hits among ``draws`` points: with probability sure / (n w) they already
+    carry the weighting, else the first point is lane 0's.
+    """
     n = live.sum(-1, keepdim=True)
     # A live lane's place among the live ones, 0..n-1.
     rank = live.cumsum(-1) - 1
@@ -201,7 +208,15 @@ def _offspring(weights: Tensor, live: Tensor, schemes: Tensor, uniforms: Tensor)
         torch.where(scheme == STRATIFIED, (rank + uniforms) / n, uniforms),
     )
     total = rest.sum(-1, keepdim=True)
+    if pinned is not None:
+        held = (pinned & live[:, 0])[:, None]
+        share = sure[:, :1] / torch.where(expected[:, :1] > 0, expected[:, :1], 1.0)
+        forced = held & (uniforms[:, :1] >= share)
+        # What is left of the uniform is one again.
+        points[:, :1] = torch.where(held & ~forced, uniforms[:, :1] / share, points[:, :1])
     chosen = _invert(rest.cumsum(-1), points * total, rest)
+    if pinned is not None:
+        chosen[:, :1] = torch.where(forced, 0, chosen[:, :1])
     drawn = (live & (rank < draws)).to(torch.int64)
     return sure.to(torch.int64).scatter_add_(-1, chosen, drawn)
 
@@ -230,6 +245,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Resample the live lanes of every group whose weights have become too uneven.
 
@@ -247,6 +263,11 @@ def resample(
         thresholds: [G], as a fraction of the live lanes.
         schemes: int64 [G], codes into ``SCHEMES``.
         uniforms: [G, K] on [0, 1]; systematic uses the first of each row only.
+        pinned: bool [G], groups whose lane 0 carries a given particle: while it lives it keeps itself,
+            and the others resample conditionally on that (conditional SMC; Zhao et al. 2024, Alg. 2).
+            P(children) is then P_scheme(children) * children of lane 0 / (n * weight of lane 0): for
+            multinomial, n - 1 draws from all. Multinomial and residual only: the others depend on the
+            order of the lanes, and lane 0 would have to change its place.
 
     Returns:
         ancestors int64 [G, K] (a lane's own index where nothing changes), the new log_w [G, K],
@@ -259,7 +280,7 @@ def resample(
     masked = log_w.to(torch.float64).masked_fill(~live, float("-inf"))
     lse = torch.logsumexp(masked, -1, keepdim=True)
     weights = torch.where(torch.isfinite(ess)[:, None], torch.exp(masked - lse), 0.0)
-    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64))
+    counts = _offspring(weights, live, schemes, uniforms.to(torch.float64), pinned)
     # Survivors keep their lane; the d-th lane left without a child takes the d-th surplus child.
     surplus = (counts - 1).clamp(min=0).cumsum(-1)
     orphan = live & (counts == 0)
@@ -309,6 +330,7 @@ class Groups(NamedTuple):
         thresholds: of the ESS, as a fraction of the live lanes, float64 [G].
         schemes: codes into ``SCHEMES``, int64 [G].
         keys: of ``lane_keys``, for resampling, int64 [G].
+        pinned: whether lane 0 carries a given particle, bool [G] (``resample``); None where it never does.
     """
 
     members: Tensor
@@ -316,6 +338,7 @@ class Groups(NamedTuple):
     thresholds: Tensor
     schemes: Tensor
     keys: Tensor
+    pinned: Tensor | None = None
 
 
 class Advance(NamedTuple):
@@ -361,7 +384,9 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
     complete = here.sum(-1) + ended.sum(-1) == groups.sizes
     allowed = complete & (lowest == highest) & (lowest > 1) & (lowest < last)
     uniforms = counter_uniforms(at_position(groups.keys, lowest.long()), slot.shape[-1])
-    parent, log_w, _, resampled = resample(log_w, here, allowed, groups.thresholds, groups.schemes, uniforms)
+    parent, log_w, _, resampled = resample(
+        log_w, here, allowed, groups.thresholds, groups.schemes, uniforms, groups.pinned
+    )
     lanes.log_w[slot[here]] = log_w[here]
     lanes.position[slot[here]] = position[here]
 

@@ -32,11 +32,11 @@ def _count_up_to(sums, points, K: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _resample(x, alive, u, u0, scheme, threshold, allowed, lanes, K: tl.constexpr, STEPS: tl.constexpr):
+def _resample(x, alive, u, u0, scheme, threshold, allowed, pinned, lanes, K: tl.constexpr, STEPS: tl.constexpr):
     """Resample one group of K lanes (a power of two, of which the first ``lanes`` exist).
 
-    ``x`` holds the log weights in float64, -inf where not ``alive``. Returns (parents, whether the group
-    resamples, its log-mean weight, its ESS).
+    ``x`` holds the log weights in float64, -inf where not ``alive``; ``pinned`` says whether lane 0
+    is. Returns (parents, whether the group resamples, its log-mean weight, its ESS).
     """
     lane = tl.arange(0, K)
     # Normalise. A NaN, a +inf or nothing but -inf among the live lanes leaves the group as it is.
@@ -67,11 +67,15 @@ def _resample(x, alive, u, u0, scheme, threshold, allowed, lanes, K: tl.constexp
     even = (spread + u0) / divisor
     layered = (spread + u) / divisor
     points = tl.where(scheme == SYSTEMATIC, even, tl.where(scheme == STRATIFIED, layered, u))
+    held = (lane == 0) & alive & pinned
+    hoped = tl.sum(tl.where(lane == 0, expected, 0.0), axis=0)
+    share = tl.sum(tl.where(lane == 0, sure, 0.0), axis=0) / tl.where(hoped > 0, hoped, 1.0)
+    points = tl.where(held & (u < share), u / tl.where(share > 0, share, 1.0), points)
     points = points * tl.sum(parts, axis=0).to(tl.float64)
     chosen = _count_up_to(tl.cumsum(parts, axis=0), points, K, STEPS)
     # A point at the total or beyond goes to the last lane with weight.
     last = tl.max(tl.where(parts > 0, lane, 0), axis=0)
-    chosen = tl.minimum(chosen, last)
+    chosen = tl.where(held & (u >= share), 0, tl.minimum(chosen, last))
     drawn = alive & (rank < draws)
     children = sure.to(tl.int32) + tl.histogram(chosen, K, mask=drawn)
 
@@ -93,6 +97,7 @@ def resample_kernel(
     thresholds,
     schemes,
     uniforms,
+    pinned,
     ancestors,
     new_log_w,
     sizes,
@@ -121,7 +126,10 @@ def resample_kernel(
 
     x = tl.where(alive, own.to(tl.float64), -float("inf"))
     may = tl.load(allowed + group) != 0
-    parent, fires, log_mean, size = _resample(x, alive, u, u0, scheme, threshold, may, lanes, K, STEPS)
+    hold = tl.full((), 0, tl.int1)
+    if pinned is not None:
+        hold = tl.load(pinned + group) != 0
+    parent, fires, log_mean, size = _resample(x, alive, u, u0, scheme, threshold, may, hold, lanes, K, STEPS)
     tl.store(ancestors + group * lanes + lane, parent.to(tl.int64), mask=inside)
     new = tl.where(alive & fires, log_mean.to(own.dtype), own)
     tl.store(new_log_w + group * lanes + lane, new, mask=inside)
@@ -142,6 +150,7 @@ def resample(
     thresholds: Tensor,
     schemes: Tensor,
     uniforms: Tensor,
+    pinned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Resample as ``reference.resample`` does, all groups in one launch; at most 1,024 lanes each."""
     groups, lanes = log_w.shape
@@ -158,6 +167,7 @@ def resample(
             thresholds,
             schemes,
             uniforms,
+            pinned,
             ancestors,
             new_log_w,
             sizes,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runners
 from tiny import Tiny, bigram_model, random_model
 
 ENGINE = dict(
@@ -26,6 +27,7 @@ ENGINE = dict(
     max_num_seqs=64,
     seed=0,
     kv_cache_memory_bytes=2**26,
+    **runners.options(),
 )
 
 

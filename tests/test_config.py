@@ -8,24 +8,30 @@ from typing import Any
 
 import pytest
 
-from vllm_twist.config import SCHEMES, RequestConfig, TwistConfig, did_you_mean, option_names
+from vllm_twist.config import SCHEMES, RequestConfig, TwistConfig, did_you_mean, engine_options, option_names
 
 KNOWN_KEYS = (
     "the known ones are twist, twist_particles, twist_ess_threshold, twist_resampling, twist_scale, "
-    "twist_return_particles"
+    "twist_return_particles, twist_proposal, twist_pinned"
 )
 
 
 def test_defaults() -> None:
     """What README and --help promise."""
-    assert dataclasses.astuple(RequestConfig()) == (16, 0.5, "systematic", 1.0, False)
+    assert dataclasses.astuple(RequestConfig()) == (16, 0.5, "systematic", 1.0, False, "twist", None)
 
 
 def test_names_are_the_same_everywhere() -> None:
     """The keyword of an engine and the key of a request come from one list of fields."""
     names = option_names()
     assert names[0] == "twist_head"
-    assert [name.removeprefix("twist_") for name in names[1:]] == [f.name for f in dataclasses.fields(RequestConfig)]
+    assert [name.removeprefix("twist_") for name in names[1:-2]] == [f.name for f in engine_options()]
+    assert names[-2:] == ("twist_potential", "twist_potential_timeout")
+    own = {f.name for f in dataclasses.fields(RequestConfig)} - {f.name for f in engine_options()}
+    assert own == {"proposal", "pinned"}
+    for name in own:
+        with pytest.raises(ValueError, match=f"unknown option `twist_{name}`"):
+            TwistConfig.from_options({"twist_head": "head", f"twist_{name}": "x"})
     assert all(f.metadata["help"] for f in dataclasses.fields(RequestConfig))
 
 

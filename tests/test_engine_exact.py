@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from runners import RUNNER, fewer
 from tiny import Law, Tiny, enumerate_law
 
 from vllm_twist import results
@@ -21,6 +22,7 @@ PROMPTS = {"below": [0, 2, 3], "equal": [0, 2, 3, 2] * 8, "above": [0, 2, 3, 2] 
 def run(llm: Any, prompt: list[int], groups: int, *, particles: int, horizon: int, **options: Any) -> list[Any]:
     from vllm import SamplingParams
 
+    groups = fewer(groups)
     extra = {"twist_particles": particles, "twist_return_particles": True}
     extra.update({key: options.pop(key) for key in list(options) if key.startswith("twist")})
     params = [
@@ -218,8 +220,8 @@ def test_scale_invariance(engine, small: Tiny, tmp_path):
 
 def test_single_particle_is_the_twist_induced_proposal(engine, small: Tiny):
     """K = 1 draws from softmax(log p0 + log psi): chi-square over four tokens, odds of a false alarm 1e-4."""
-    n = 4000
-    outputs = run(engine(small), PROMPTS["below"], n, particles=1, horizon=1)
+    n = fewer(4000)
+    outputs = run(engine(small), PROMPTS["below"], 4000, particles=1, horizon=1)
     logits, log_psi = small.logits_and_log_psi([PROMPTS["below"]])
     expected = (logits + log_psi).double().softmax(-1)[0] * n
     counts = torch.zeros(small.vocab, dtype=torch.float64)
@@ -230,7 +232,7 @@ def test_single_particle_is_the_twist_induced_proposal(engine, small: Tiny):
     assert ((counts - base) ** 2 / base).sum() > 21.1, "the test must tell the twist from none"
 
 
-def _without_fork(runner: Any, pairs: Any) -> None:
+def _without_fork(*arguments: Any) -> None:
     """A worker that forgets to fork."""
 
 
@@ -248,12 +250,13 @@ def test_broken_engines_fail(engine, small: Tiny, monkeypatch, fault: str):
     from vllm_twist.kernels import reference
 
     if fault == "no fork":
-        monkeypatch.setattr("vllm_twist.engine.worker.fork", _without_fork)
+        name = "runner_v1.fork" if RUNNER == "v1" else "fork_v2.Fork.__call__"
+        monkeypatch.setattr(f"vllm_twist.engine.{name}", _without_fork)
     elif fault == "weights lost":
         monkeypatch.setattr(reference, "resample", _identity_resample(reference.resample))
     else:
         softmax = reference.twist_softmax
-        monkeypatch.setattr(reference, "twist_softmax", lambda logits, psi: (softmax(logits, psi)[0],) * 2)
+        monkeypatch.setattr(reference, "twist_softmax", lambda logits, psi, *rest: (softmax(logits, psi)[0],) * 2)
     outputs = run(engine(small), PROMPTS["below"], 500, particles=8, horizon=4, twist_ess_threshold=1.0)
     with pytest.raises(AssertionError):
         assert_samples_the_law(outputs, enumerate_law(small, PROMPTS["below"], 4), first=2)

@@ -81,7 +81,7 @@ def examine(kernel: Any) -> dict[str, Any]:
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield (name, calls that launch the kernels) for the shapes and types that matter."""
-    from vllm_twist.kernels import ops
+    from vllm_twist.kernels import ops, reference
 
     def rows(n: int, vocab: int, dtype: torch.dtype, stride: int | None = None, first: int = 0) -> torch.Tensor:
         return torch.empty(n, stride or vocab, dtype=dtype)[:, first : first + vocab]
@@ -111,14 +111,41 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "control: odd addresses", control
 
-    def resample(k: int) -> None:
+    def resample(k: int, pinned: bool = False) -> None:
         on, reals = torch.ones(64, dtype=torch.bool), torch.ones(64)
         wide = torch.empty(64, k)
         schemes = torch.zeros(64, dtype=torch.int64)
-        ops.resample(wide, on[:, None].expand(64, k), on, reals.double(), schemes, wide, backend="triton")
+        ops.resample(
+            wide, on[:, None].expand(64, k), on, reals.double(), schemes, wide, on if pinned else None, backend="triton"
+        )
 
     for k in (16, 64, 256, 1024):
         yield f"{k} lanes", lambda k=k: resample(k)
+        yield f"{k} lanes, one pinned", lambda k=k: resample(k, pinned=True)
+
+    def bookkeeping(k: int, pinned: bool = False) -> None:
+        slots, g = 1024, 1024 // k
+        reals = [torch.empty(slots, dtype=dtype) for dtype in (torch.float64, torch.float64, FP32)]
+        ints = [torch.empty(slots, dtype=torch.int32) for _ in range(2)]
+        longs = torch.empty(slots, dtype=torch.int64)
+        stops = torch.empty(slots, 2, dtype=torch.int32)
+        lanes = reference.Lanes(*reals, *ints, torch.zeros(slots, dtype=torch.bool), longs, stops)
+        table = torch.empty(g, k, dtype=torch.int32)
+        flags = torch.zeros(g, dtype=torch.bool) if pinned else None
+        groups = reference.Groups(table, ints[0][:g], reals[0][:g], longs[:g], longs[:g], flags)
+        moved = ops.advance(lanes, groups, ints[0], reals[2], reals[2], backend="triton")
+        ops.settle(lanes, longs, moved, longs, reals[2], reals[2], backend="triton")
+
+    for k in (16, 64, 256, 1024):
+        yield f"step of {k} lanes", lambda k=k: bookkeeping(k)
+    yield "step of 16 lanes, pinned", lambda: bookkeeping(16, True)
+
+    def out_of_a_batch() -> None:
+        logits, log_psi, lanes = rows(300, vocab, BF16), rows(n, vocab, BF16), torch.arange(n)
+        ops.twist_softmax(logits, log_psi, None, None, lanes, backend="triton")
+        ops.twist_sample(logits, log_psi, torch.empty(n), lanes, lanes, None, None, lanes, backend="triton")
+
+    yield "bf16, rows out of a batch", out_of_a_batch
 
     def fork(width: int, dtype: torch.dtype) -> None:
         lanes = torch.arange(64)
@@ -136,7 +163,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from vllm_twist.kernels import fork, resample, twist_softmax
+    from vllm_twist.kernels import advance, fork, resample, twist_softmax
 
     class H200:
         """As much of a driver as compiling takes."""
@@ -165,7 +192,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
 
             return compile_
 
-    for module in (twist_softmax, resample, fork):
+    for module in (twist_softmax, resample, advance, fork):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(module, name, Compiler(value))
@@ -197,9 +224,10 @@ def only(binaries: dict[str, dict[str, Any]], kernel: str, *cases: str) -> list[
 
 def test_every_kernel_is_compiled(binaries: dict[str, dict[str, Any]]) -> None:
     """A kernel that no case launches would go unexamined."""
-    from vllm_twist.kernels import fork, resample, twist_softmax
+    from vllm_twist.kernels import advance, fork, resample, twist_softmax
 
-    kernels = {name for module in (twist_softmax, resample, fork) for name in vars(module) if name.endswith("_kernel")}
+    modules = twist_softmax, resample, advance, fork
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {name.split(" (")[0] for name in binaries if not name.startswith("control")} == kernels
 
 
@@ -225,7 +253,7 @@ def test_streaming_softmax_loads_16_bytes_from_any_row(binaries: dict[str, dict[
     Where logits and twist rows are misaligned differently, the logits' loads do. The control, at
     addresses that are no multiple of 16, shows what narrow loads look like.
     """
-    names = "bf16, 32001 tokens", "bf16, sliced", "bf16, own temperatures and scales"
+    names = "bf16, 32001 tokens", "bf16, sliced", "bf16, own temperatures and scales", "bf16, rows out of a batch"
     for found in only(binaries, "softmax_pieces_kernel", *names):
         assert {width for width, _ in found["loads in loops"]} == {16}
     (unlike,) = only(binaries, "softmax_pieces_kernel", "bf16, rows unlike")

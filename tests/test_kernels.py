@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from elsewhere import Elsewhere
 from torch import Tensor
 
+from vllm_twist.kernels import advance as advancing
 from vllm_twist.kernels import fork, ops, reference
 from vllm_twist.kernels import resample as resampling
 from vllm_twist.kernels import twist_softmax as fused
@@ -45,18 +44,8 @@ TOP_KEYS = (-2573957223134789632, -2469218509977026560)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Run the selected tests of this file under the interpreter; return what each failed with, "" if it passed."""
     selected = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
-    report = tmp_path_factory.mktemp("kernels") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *selected]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True, timeout=600
-    )
-    if not report.exists():
-        pytest.fail(f"the interpreted tests did not run:\n{done.stdout}\n{done.stderr}", pytrace=False)
-    results = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        results[case.get("name", "")] = "\n".join(x.text or x.get("message") or x.tag for x in case)
-    return results
+    folder = tmp_path_factory.mktemp("kernels")
+    return Elsewhere(selected, {"TRITON_INTERPRET": "1"}, request.config.rootpath, folder).outcomes(timeout=900)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +56,7 @@ def interpreted(request: pytest.FixtureRequest) -> None:
     outcomes, name = request.getfixturevalue("outcomes"), request.node.name
 
     def report(**_: Any) -> None:
-        failure = outcomes.get(name, "it did not run under the interpreter")
+        failure = outcomes.get(f"test_kernels.{name}", "it did not run under the interpreter")
         if failure:
             pytest.fail(failure, pytrace=False)
 
@@ -97,7 +86,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     recorder = Launches()
-    for module in (fused, resampling, fork):
+    for module in (fused, resampling, advancing, fork):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, recorder.spy(name, getattr(module, name)))
     yield recorder
@@ -475,6 +464,19 @@ def test_resample_equals_the_reference(k: int, launches: Launches) -> None:
     assert not resampled.all() and (k < 3 or resampled.any())
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 33, 100])
+def test_resample_around_a_pinned_lane(k: int) -> None:
+    """Multinomial and residual groups, pinned or not, lane 0 live or not, weightless or not."""
+    log_w, live, allowed, thresholds, schemes, uniforms = groups(32, k, seed=k)
+    schemes = 2 + schemes % 2
+    pinned = torch.rand(32, generator=generator(5)) < 0.7
+    ancestors, *_ = resample_both(log_w, live, allowed, thresholds, schemes, uniforms, pinned)
+    assert (ancestors[pinned, 0] == 0).all()
+    others = reference.resample(log_w, live, allowed, thresholds, schemes, uniforms)[0]
+    assert k == 1 or (ancestors != others).any()
+    assert torch.equal(ancestors[~pinned], others[~pinned])
+
+
 def test_resample_types_and_strides() -> None:
     """float64 weights keep their type and precision; rows may be slices, and one row may serve all groups."""
     log_w, live, allowed, thresholds, schemes, uniforms = groups(16, 24, seed=1)
@@ -538,6 +540,124 @@ def test_no_live_lane() -> None:
     for live in ([False] * 3, [False, True, False]):
         ancestors, new, _, resampled = ask(torch.zeros(3), 0.9, torch.tensor(live))
         assert not resampled.any() and (new == 0).all() and torch.equal(ancestors, torch.arange(3).expand(4, -1))
+
+
+# The bookkeeping of a step.
+
+
+def population(seed: int, k: int, g: int = 9, stops: int = 2) -> tuple[reference.Lanes, reference.Groups, Tensor]:
+    """Return lanes in 2 g k slots, g groups and a batch: with ended lanes, absent ones and empty places.
+
+    Group 0 is all there; 1 has an ended lane in the batch, 2 one outside; 3 is partly elsewhere; 4 has lanes yet to
+    come; 5 lanes out of step; 6 is at its first token and 7 at its last; 8 has lost its lane 0 for good.
+    """
+    random, size = generator(seed), 2 * g * k
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=random)
+
+    lanes = reference.Lanes(
+        log_w=(6 * uniform(size) - 300).double(),
+        log_p=(-50 * uniform(size)).double(),
+        log_psi=uniform(size) - 0.5,
+        position=torch.full((size,), 7, dtype=torch.int32),
+        last=torch.full((size,), 12, dtype=torch.int32),
+        ended=torch.zeros(size, dtype=torch.bool),
+        keys=keys_for(size, seed=seed),
+        stops=torch.randint(-1, 30, (size, stops), generator=random, dtype=torch.int32),
+    )
+    members = torch.randperm(size, generator=random)[: g * k].reshape(g, k).int()
+    sizes = torch.full((g,), k, dtype=torch.int32)
+    slots = members.long()
+    batch = torch.ones(g, k, dtype=torch.bool)
+    lanes.ended[slots[1:3, -1]] = True
+    batch[2, -1] = batch[3, k // 2] = False
+    sizes[4] += 1
+    lanes.position[slots[5, 0]] += 1
+    lanes.position[slots[6]], lanes.position[slots[7]] = 0, 11
+    members[8, 0], batch[8, 0] = -1, False
+    sizes[8] -= 1
+    rows = torch.full((size,), -1, dtype=torch.int32)
+    here = slots[batch]
+    rows[here[torch.randperm(len(here), generator=random)]] = torch.arange(len(here), dtype=torch.int32)
+    thresholds = torch.tensor([1.0, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9], dtype=torch.float64)
+    groups = reference.Groups(members, sizes, thresholds, torch.arange(g) % 4, keys_for(g, seed=seed + 1))
+    return lanes, groups, rows
+
+
+def copied(lanes: reference.Lanes) -> reference.Lanes:
+    return reference.Lanes(*(x.clone() for x in lanes))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16, 33, 200])
+def test_advance_and_settle_equal_the_reference(k: int, launches: Launches) -> None:
+    """Groups in every state at once, any slots, rows in any order; who resampled and who could not."""
+    lanes, groups, row_of = population(k, k)
+    slots = row_of.argsort()[-int((row_of >= 0).sum()) :]
+    count, random = len(slots), generator(k)
+    assert torch.equal(row_of[slots], torch.arange(count, dtype=torch.int32))
+    lse0, lse_psi = 3 * torch.randn(2, count, generator=random)
+    token = torch.randint(0, 30, (count,), generator=random)
+    log_p, log_psi = torch.randn(2, count, generator=random)
+    log_psi[:3] = torch.tensor([INF, -INF, NAN])[:count]
+    outcome = {}
+    for backend in ("triton", "torch"):
+        state = copied(lanes)
+        moved = ops.advance(state, groups, row_of, lse0, lse_psi, backend=backend)
+        report = ops.settle(state, slots, moved, token, log_p, log_psi, backend=backend)
+        outcome[backend] = state, moved, report
+    for mine, theirs in zip(outcome["triton"][:2], outcome["torch"][:2], strict=True):
+        for name, a, b in zip(mine._fields, mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(outcome["triton"][2], outcome["torch"][2], rtol=1e-12, atol=0)
+    assert launches.grids == [("advance_kernel", (9,)), ("settle_kernel", (count,))]
+
+    state, moved, _ = outcome["triton"]
+    fired = {g for g in range(9) if any(moved.resampled[row_of[s]] for s in groups.members[g] if s >= 0 <= row_of[s])}
+    assert fired <= {0, 1, 2, 8} and (k < 5 or {0, 2} <= fired)
+    ended = lanes.ended[slots]
+    rows = torch.arange(count)
+    assert torch.equal(moved.ancestors[ended], rows[ended]) and not ended[moved.ancestors[~ended]].any()
+    for name in ("log_w", "log_p", "log_psi", "position"):
+        untouched = torch.ones(len(row_of), dtype=torch.bool)
+        untouched[slots[~ended]] = False
+        assert torch.equal(getattr(state, name)[untouched], getattr(lanes, name)[untouched]), name
+    assert (state.position[slots[~ended]] == lanes.position[slots[~ended]] + 1).all()
+    assert state.log_psi.isfinite().all()
+    stopped = (lanes.stops[slots] == token[:, None]).any(-1) | (lanes.position[slots] == 11)
+    assert torch.equal(state.ended[slots], ended | stopped)
+
+
+def test_advance_keeps_the_mean_weight_of_a_group() -> None:
+    """Resampling leaves the sum of a group's weights as it was, which is what makes Z-hat unbiased."""
+    lanes, groups, row_of = population(3, 16)
+    count = int((row_of >= 0).sum())
+    lse = torch.randn(2, count, generator=generator(3))
+    slots = groups.members[0].long()
+    moved_to = lanes.log_w[slots] + (lse[1] - lse[0])[row_of[slots].long()] - lanes.log_psi[slots]
+    ops.advance(lanes, groups, row_of, *lse, backend="triton")
+    assert len(lanes.log_w[slots].unique()) == 1
+    torch.testing.assert_close(lanes.log_w[slots].logsumexp(0), moved_to.logsumexp(0), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "odd stride", "odd start"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_rows_out_of_a_batch(layout: str, dtype: torch.dtype) -> None:
+    """Lanes' rows are read where they are in the batch: the same as from rows gathered before."""
+    vocab, rows = 9_001, torch.tensor([5, 0, 3])
+    logits = laid_out((3 * torch.randn(7, vocab, generator=generator(21))).to(dtype), layout)
+    log_psi = torch.randn(3, vocab, generator=generator(22)).to(dtype)
+    beta, scale = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.3])
+    got = ops.twist_softmax(logits, log_psi, beta, scale, rows, backend="triton")
+    want = reference.twist_softmax(logits[rows], log_psi, beta, scale)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    ancestors = torch.tensor([2, 2, 0, 1])
+    for backend in ("triton", "torch"):
+        drawn = ops.twist_sample(logits, log_psi, want[0], ancestors, keys_for(4), beta, scale, rows, backend=backend)
+        expected = reference.twist_sample(logits[rows], log_psi, want[0], ancestors, keys_for(4), beta, scale)
+        for a, b in zip(drawn, expected, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
 
 
 # Forks.
@@ -758,6 +878,16 @@ def resample_call(**changes: Any) -> None:
     ops.resample(**{**dict(zip(names, groups(4, 3, seed=0), strict=True)), **changes})
 
 
+def advance_call(**changes: Any) -> None:
+    lanes, groups, row_of = population(0, 3)
+    count = int((row_of >= 0).sum())
+    lanes = lanes._replace(**{name: changes.pop(name) for name in list(changes) if name in lanes._fields})
+    groups = groups._replace(**{name: changes.pop(name) for name in list(changes) if name in groups._fields})
+    ops.advance(
+        lanes, groups, **{"row_of": row_of, "lse0": torch.zeros(count), "lse_psi": torch.zeros(count), **changes}
+    )
+
+
 def fork_call(**changes: Any) -> None:
     rows, ancestors, first, computed = forked(0)
     arguments = {"tables": [torch.zeros(9, 80).int()], "block_sizes": torch.ones(1).int(), "rows": rows, **changes}
@@ -806,7 +936,21 @@ def fork_call(**changes: Any) -> None:
         (resample_call, {"allowed": torch.ones(3).bool()}, r"`allowed` must be bool \[4\] .*: pass one flag"),
         (resample_call, {"thresholds": torch.ones(4).int()}, "`thresholds` must be float32 or float64 .* got int32"),
         (resample_call, {"schemes": torch.ones(4)}, r"`schemes` must be int64 \[4\] .*: pass one code"),
+        (resample_call, {"pinned": torch.ones(3).bool()}, r"`pinned` must be bool \[4\] .*: pass one flag per group"),
         (resample_call, {"uniforms": torch.ones(4, 2)}, r"`uniforms` must be .* \[4, 3\] .*: pass counter_uniforms"),
+        (advance_call, {"log_w": torch.zeros(54)}, r"`lanes.log_w` must be float64 \[54\] .* got float32 \[54\]"),
+        (advance_call, {"ended": torch.zeros(3).bool()}, r"`lanes.ended` must be bool \[54\] .* got bool \[3\]"),
+        (
+            advance_call,
+            {"stops": torch.zeros(54, 3).int()},
+            r"`lanes.stops` must be .* a power of two .* got \[54, 3\]",
+        ),
+        (advance_call, {"members": torch.zeros(9, 3)}, r"`groups.members` must be int32 \[any, any\] .* got float32"),
+        (advance_call, {"sizes": torch.zeros(4).int()}, r"`groups.sizes` must be int32 \[9\] .* got int32 \[4\]"),
+        (advance_call, {"row_of": torch.zeros(54)}, r"`row_of` must be int32 \[54\] .* got float32 .*: pass a row per"),
+        (advance_call, {"lse_psi": torch.zeros(2)}, r"`lse_psi` must be float32 \[24\] .* got float32 \[2\]"),
+        (softmax_call, {"rows": torch.zeros(2).int()}, r"`rows` must be int64 \[any\] .* got int32 \[2\]"),
+        (softmax_call, {"rows": torch.zeros(3).long()}, r"`log_psi` must be .* \[3, 4\] .* got float32 \[2, 4\]"),
         (fork_call, {"tables": [torch.zeros(9, 80)]}, r"`tables\[0\]` must be int32 \[any, any\] .* got float32"),
         (
             fork_call,

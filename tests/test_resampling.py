@@ -310,3 +310,46 @@ def test_log_mean_exp() -> None:
 def test_arguments_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resample(**{"log_w": torch.zeros(3), "uniforms": torch.full((3,), 0.5), **changes})
+
+
+def law(scheme: str, parts: list[int], live: list[bool], pinned: bool) -> dict[tuple[int, ...], float]:
+    """Return the probability of every vector of children for K = 3, exactly: a sum over cells of uniforms."""
+    sizes = (108, 36, 36)  # multiples of all that the cuts can be, for the parts below
+    grid = [(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in sizes]
+    uniforms = torch.cartesian_prod(*grid)
+    groups = len(uniforms)
+    ancestors, *_ = reference.resample(
+        torch.tensor(parts, dtype=torch.float64).log().expand(groups, 3),
+        torch.tensor(live).expand(groups, 3),
+        torch.ones(groups, dtype=torch.bool),
+        torch.ones(groups),
+        torch.full((groups,), SCHEMES.index(scheme)),
+        uniforms,
+        torch.full((groups,), pinned),
+    )
+    if pinned and live[0]:
+        assert (ancestors[:, 0] == 0).all()
+    found, how_often = counts_of(ancestors, torch.tensor(live).expand(groups, 3)).unique(dim=0, return_counts=True)
+    return {tuple(row): count / groups for row, count in zip(found.tolist(), how_often.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("live", [[True] * 3, [True, False, True], [False, True, True]])
+@pytest.mark.parametrize("parts", [[3, 2, 1], [1, 2, 3], [1, 0, 5]])
+@pytest.mark.parametrize("scheme", ["multinomial", "residual"])
+def test_pinned_law(scheme: str, parts: list[int], live: list[bool]) -> None:
+    """P(children) is that of the scheme times the children of the pinned lane over their mean (while it lives)."""
+    n = sum(live)
+    mean = n * parts[0] / sum(p for p, alive in zip(parts, live, strict=True) if alive)
+    expected = {
+        children: p * (children[0] / mean if live[0] else 1)
+        for children, p in law(scheme, parts, live, pinned=False).items()
+        if children[0] or not live[0]
+    }
+    assert law(scheme, parts, live, pinned=True) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_weightless_pinned_lane_keeps_itself() -> None:
+    """Whatever its weight: what is pinned must not be replaced."""
+    for scheme in ("multinomial", "residual"):
+        for children in law(scheme, [0, 1, 5], [True] * 3, pinned=True):
+            assert children[0] == 1

@@ -63,3 +63,10 @@ def test_public_names() -> None:
     importlib.import_module("vllm_twist.results")
     assert vllm_twist.results is results
     assert vllm_twist.TwistResult is TwistResult and vllm_twist.Particle is Particle
+
+
+def test_weights_of_zero_survive_json() -> None:
+    """JSON has no -inf; the server sends null."""
+    particle = {"token_ids": [1], "log_weight": None, "log_prob": -1.0, "finished": True, "log_psi": 0.5}
+    (got,) = results({"twist": [{**ENTRY, "particles": [particle]}]})
+    assert got.particles is not None and got.particles[0].log_weight == float("-inf")

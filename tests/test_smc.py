@@ -66,12 +66,18 @@ def free(target: Target, particles: int, **options: Any) -> list[tuple[float, Po
 
 
 def held(
-    target: Target, particles: int, outcomes: Callable[[Tensor], Outcomes] = independent, **options: Any
+    target: Target,
+    particles: int,
+    outcomes: Callable[[Tensor], Outcomes] = independent,
+    exact: Tabular | None = None,
+    **options: Any,
 ) -> list[tuple[float, Population]]:
     """Return every branch of conditional SMC around an exact sample of sigma."""
+    exact = exact or TOY
     return [
         (sigma * p, population)
-        for sigma, sequence in zip(TOY.sigma.tolist(), TOY.sequences, strict=True)
+        for sigma, sequence in zip(exact.sigma.tolist(), exact.sequences, strict=True)
+        if sigma
         for p, population in branches(
             lambda draw, pinned=sequence: smc(target, particles, draw, pinned=pinned, **options), outcomes
         )
@@ -200,6 +206,53 @@ def test_systematic_ancestors_would_break_the_upper_bound(order: str, wrong: flo
 
     conditional = held(SUB, 3, systematic, proposal="base", order=order)
     assert mean(conditional, lambda r: 1 / relative_z(r)) == pytest.approx(wrong, abs=5e-5)
+
+
+EOS = 1
+
+
+def ending(horizon: int, log_psi: Callable[[Tensor], Tensor] = toy_log_psi) -> Target:
+    """Return the toy with token 1 as EOS: for T = 3 its sequences are 1, 01, 001 and 000, filled up with 1."""
+
+    def log_p(prefixes: Tensor) -> Tensor:
+        over = (prefixes == EOS).any(-1, keepdim=True)
+        return torch.where(over, torch.tensor([-torch.inf, 0.0], dtype=torch.float64), toy_log_p(prefixes))
+
+    def log_phi(sequences: Tensor) -> Tensor:
+        return torch.cos(2.0 * (sequences * torch.arange(1, horizon + 1)).sum(-1).double()) * 1.5
+
+    return Target(log_p, log_psi, log_phi, horizon, eos=EOS)
+
+
+@pytest.mark.parametrize(
+    ("particles", "horizon", "order"), [(2, 4, "sample_first"), (2, 4, "weigh_first"), (3, 3, "weigh_first")]
+)
+@pytest.mark.parametrize("proposal", ["twist", "base"])
+@pytest.mark.parametrize("threshold", [0, 0.95, 1])
+def test_particles_that_end(particles: int, horizon: int, proposal: str, order: str, threshold: float) -> None:
+    """The live ones resample among themselves, the pinned one among them until it ends: both estimates stay exact."""
+    target = ending(horizon)
+    exact = Tabular(target, 2)
+    options = {"proposal": proposal, "order": order, "threshold": threshold}
+    runs = free(target, particles, **options)
+    ratio = [(p, math.exp(float(r.log_z - exact.log_z))) for p, r in runs]
+    assert math.fsum(p * z for p, z in ratio) == pytest.approx(1, abs=EXACT)
+    found = torch.zeros(2**horizon, dtype=torch.float64)
+    for p, r in runs:
+        found.index_add_(0, r.sequences @ 2 ** torch.arange(horizon - 1, -1, -1), p * torch.exp(r.log_w - exact.log_z))
+    torch.testing.assert_close(found / particles, exact.sigma, rtol=0, atol=EXACT)
+    conditional = held(target, particles, exact=exact, **options)
+    assert math.fsum(p / math.exp(float(r.log_z - exact.log_z)) for p, r in conditional) == pytest.approx(1, abs=EXACT)
+    lower, upper = mean(runs, lambda r: r.log_z), mean(conditional, lambda r: r.log_z)
+    assert lower < float(exact.log_z) < upper
+
+
+def test_particles_that_end_without_variance() -> None:
+    """The optimal twist keeps every weight at Z, whenever a particle ends, pinned or not."""
+    exact = Tabular(ending(4), 2)
+    target = ending(4, lambda prefixes: exact.optimal_log_psi(prefixes).nan_to_num(nan=0.0))
+    for r in [r for _, r in free(target, 2)] + [r for _, r in held(target, 2, exact=exact)]:
+        assert r.log_w.tolist() == pytest.approx([float(exact.log_z)] * 2, abs=EXACT)
 
 
 def test_divergences() -> None:

@@ -6,11 +6,14 @@ import random
 from typing import Any
 
 import pytest
+from runners import RUNNER
 from test_engine import assert_rescored, params, prompt_of, scheduler_of, worker_of
 from tiny import Tiny
 
 from vllm_twist import results
 
+#: Requests per load.
+LOAD = 100 if RUNNER == "v1" else 16
 SCHEMES = ["systematic", "stratified", "multinomial", "residual"]
 
 
@@ -54,7 +57,7 @@ def test_random_load(engine, wide: Tiny, seed: int):
     waiting: dict[str, dict[str, Any]] = {}
     finished = refused = sent = 0
     for _ in range(10_000):
-        if sent < 100 and len(waiting) < 12 and rng.random() < 0.5:
+        if sent < LOAD and len(waiting) < 12 and rng.random() < 0.5:
             prompt, options = random_request(rng, sent)
             name, sent = f"soak-{seed}-{sent}", sent + 1
             priority = rng.choice([0, 1, 2]) if policy == "priority" else 0
@@ -77,11 +80,11 @@ def test_random_load(engine, wide: Tiny, seed: int):
             del waiting[name]
         if rng.random() < 0.01:
             assert llm.reset_prefix_cache(reset_running_requests=True)
-        if sent == 100 and not waiting:
+        if sent == LOAD and not waiting:
             break
     else:
         pytest.fail(f"stalled with {sorted(waiting)}")
-    assert finished > 40 and finished + refused <= sent
+    assert finished > 0.4 * LOAD and finished + refused <= sent
     core.step()
     scheduler = scheduler_of(llm)
     assert scheduler.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1

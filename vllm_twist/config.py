@@ -16,6 +16,9 @@ from typing import Any
 from vllm_twist.kernels.reference import SCHEMES
 
 PREFIX = "twist"
+PROPOSALS = ("twist", "base")
+#: Resampling schemes whose conditional form the engine has (``kernels.reference.resample``).
+PINNED_SCHEMES = ("multinomial", "residual")
 
 
 def _integer(name: str, value: Any, low: int) -> int:
@@ -49,13 +52,24 @@ def _threshold(name: str, value: Any) -> float:
     return number
 
 
-def _scheme(name: str, value: Any) -> str:
-    if value not in SCHEMES:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(SCHEMES)}, got {value!r}{did_you_mean(value, SCHEMES)}: "
-            "pass one of these."
-        )
-    return value
+def _one_of(known: tuple[str, ...]) -> Any:
+    def check(name: str, value: Any) -> str:
+        if value not in known:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}: "
+                "pass one of these."
+            )
+        return value
+
+    return check
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"`{name}` must be a list of at least one token id, got {value!r}: pass token ids.")
+    return tuple(_integer(name, token, 0) for token in value)
 
 
 def _scale(name: str, value: Any) -> float:
@@ -77,8 +91,8 @@ def did_you_mean(word: Any, known: tuple[str, ...] | list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _option(check: Any, help: str, **kwargs: Any) -> Any:
-    return field(metadata={"check": check, "help": help}, **kwargs)
+def _option(check: Any, help: str, *, request_only: bool = False, **kwargs: Any) -> Any:
+    return field(metadata={"check": check, "help": help, "request_only": request_only}, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,11 @@ class RequestConfig:
         resampling: one of ``SCHEMES``.
         scale: factor on log psi; 0 samples from the base model.
         return_particles: whether the result lists every particle.
+        proposal: what tokens are drawn from, "twist" for p0 psi_t / Z^pi_t, "base" for p0; weighted
+            accordingly.
+        pinned: token ids of a continuation that particle 0 is held to, the others being resampled
+            conditionally on it; its last token ends it. Around an exact sample of sigma, log_z is on
+            average an upper bound of log Z (Zhao et al. 2024, Prop. 5.1).
     """
 
     particles: int = _option(_particles, "number of particles per completion", default=16)
@@ -101,10 +120,19 @@ class RequestConfig:
         "particles; 1 or more: at every step, 0: never",
         default=0.5,
     )
-    resampling: str = _option(_scheme, f"resampling scheme: {', '.join(SCHEMES)}", default="systematic")
+    resampling: str = _option(_one_of(SCHEMES), f"resampling scheme: {', '.join(SCHEMES)}", default="systematic")
     scale: float = _option(_scale, "factor on the log twist values", default=1.0)
     return_particles: bool = _option(
         _flag, "return every particle with its weight, not only the drawn one", default=False
+    )
+    proposal: str = _option(
+        _one_of(PROPOSALS),
+        "draw tokens from the twisted model or from the base model",
+        request_only=True,
+        default="twist",
+    )
+    pinned: tuple[int, ...] | None = _option(
+        _token_ids, "continuation that one particle is held to", request_only=True, default=None
     )
 
     def __post_init__(self) -> None:
@@ -112,6 +140,11 @@ class RequestConfig:
             name = f"{PREFIX}_{option.name}"
             checked = option.metadata["check"](name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
+        if self.pinned is not None and self.resampling not in PINNED_SCHEMES:
+            raise ValueError(
+                f"`{PREFIX}_resampling` must be one of {', '.join(PINNED_SCHEMES)} with `{PREFIX}_pinned`, got "
+                f"{self.resampling!r}, which would bias the bound: drop it (multinomial is the default then)."
+            )
 
     def override(self, extra_args: Mapping[str, Any] | None) -> RequestConfig | None:
         """Return the settings of a request with these ``extra_args``; None if it turns twists off.
@@ -133,6 +166,8 @@ class RequestConfig:
                     f"unknown request key `{key}`{did_you_mean(key, known)}: "
                     f"the known ones are {PREFIX}, {', '.join(known)}."
                 )
+        if changes.get("pinned") is not None:
+            changes.setdefault("resampling", "multinomial")
         settings = dataclasses.replace(self, **changes)
         return settings if enabled else None
 
@@ -144,10 +179,29 @@ class TwistConfig:
     Attributes:
         head: folder or hub id of a saved ``TwistHead``.
         defaults: what a request gets where it does not say otherwise.
+        potential: where log phi of finished outputs is found (``load_potential``); without one
+            phi is psi of the last token.
+        potential_timeout: seconds that it may take for one group.
     """
 
     head: str
     defaults: RequestConfig = field(default_factory=RequestConfig)
+    potential: str | None = None
+    potential_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.potential is not None and (not isinstance(self.potential, str) or not self.potential):
+            raise ValueError(
+                f"`{PREFIX}_potential` must be a string, got {type(self.potential).__name__}: name the callable as "
+                "module:attribute or path.py:attribute; the engine imports it in a process of its own."
+            )
+        timeout = _number(f"{PREFIX}_potential_timeout", self.potential_timeout)
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(
+                f"`{PREFIX}_potential_timeout` must be a positive number of seconds, got {self.potential_timeout!r}: "
+                "raise it."
+            )
+        object.__setattr__(self, "potential_timeout", timeout)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TwistConfig:
@@ -169,7 +223,8 @@ class TwistConfig:
                 f"`{PREFIX}_head` is missing, got {', '.join(f'{PREFIX}_{k}' for k in given) or 'no option'}: "
                 "pass the folder or hub id of a twist head, or drop the other options."
             )
-        return cls(head=str(head), defaults=RequestConfig(**given))
+        own = {name: given.pop(name) for name in ("potential", "potential_timeout") if name in given}
+        return cls(head=str(head), defaults=RequestConfig(**given), **own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the inverse of ``from_dict``."""
@@ -178,9 +233,15 @@ class TwistConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TwistConfig:
         """Rebuild from ``to_dict``."""
-        return cls(head=values["head"], defaults=RequestConfig(**values["defaults"]))
+        return cls(**{**values, "defaults": RequestConfig(**values["defaults"])})
 
 
 def option_names() -> tuple[str, ...]:
     """Return every ``twist_*`` keyword that an engine takes."""
-    return (f"{PREFIX}_head", *(f"{PREFIX}_{option.name}" for option in dataclasses.fields(RequestConfig)))
+    requests = (f"{PREFIX}_{option.name}" for option in engine_options())
+    return (f"{PREFIX}_head", *requests, f"{PREFIX}_potential", f"{PREFIX}_potential_timeout")
+
+
+def engine_options() -> list[dataclasses.Field]:
+    """Return the fields of ``RequestConfig`` that an engine may set a default for."""
+    return [option for option in dataclasses.fields(RequestConfig) if not option.metadata["request_only"]]

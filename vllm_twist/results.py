@@ -18,12 +18,14 @@ class Particle:
         log_weight: final log weight, normalised: the weights of a group sum to one.
         log_prob: sum of log p0 over its tokens (nats).
         finished: True if it ended with EOS or a stop token, False if it was cut at its length.
+        log_psi: log psi of its last token, in whose place phi stands where the engine has a potential.
     """
 
     token_ids: list[int]
     log_weight: float
     log_prob: float
     finished: bool
+    log_psi: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class TwistResult:
 
     Attributes:
         log_z: log of the unbiased estimate of Z (nats), with p0 the model after the request's own
-            sampling parameters and phi = psi at each particle's last token.
+            sampling parameters and phi that of the engine's ``twist_potential``, else psi at each
+            particle's last token.
         ess: effective sample size of the final weights, between 1 and K.
         num_resamplings: how often the group was resampled.
         chosen: index of the particle whose tokens are the completion, drawn by final weight.
@@ -71,8 +74,14 @@ def results(output: Any) -> list[TwistResult]:
             TwistResult(
                 **{
                     **entry,
-                    "particles": None if particles is None else [Particle(**p) for p in particles],
+                    "particles": None if particles is None else [_particle(p) for p in particles],
                 }
             )
         )
     return parsed
+
+
+def _particle(values: dict[str, Any]) -> Particle:
+    log_weight = values["log_weight"]
+    # JSON has no -inf.
+    return Particle(**{**values, "log_weight": float("-inf") if log_weight is None else log_weight})

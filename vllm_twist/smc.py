@@ -37,13 +37,16 @@ class Target:
             only where phi vanishes on every continuation. At t = T only the proposal reads it; a
             good one is close to log phi there.
         log_phi: sequences [K, T] to the log potential [K]; -inf where the target forbids them.
-        horizon: T, the number of tokens.
+        horizon: T, the number of tokens; the largest one with ``eos``.
+        eos: a token that ends a sequence before T. Such a sequence is filled up with it, in prefixes
+            and sequences alike; what ``log_p`` and ``log_psi`` say of its continuations is not read.
     """
 
     log_p: Callable[[Tensor], Tensor]
     log_psi: Callable[[Tensor], Tensor]
     log_phi: Callable[[Tensor], Tensor]
     horizon: int
+    eos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Population:
     """K weighted sequences.
 
     Attributes:
-        sequences: int64 [K, T].
+        sequences: int64 [K, T], filled up with EOS.
         log_w: log weights [K] (nats); normalised, they make the sequences a sample of sigma.
         log_z: log Z-hat, the log-mean of the weights. From ``smc`` its mean is a lower bound of
             log Z; with ``pinned`` an exact sample of sigma, an upper bound (Prop. 5.1).
@@ -104,6 +107,11 @@ def smc(
     mean, so that Z-hat is the mean of the final weights. Weights that are all zero or not finite
     are left alone. Tensors are made on torch's default device.
 
+    A particle that ends with EOS has its final weight, phi in place of psi_t; the others go on
+    resampling among themselves, and their mean weight and ESS are those of the live. Z-hat stays
+    unbiased, and so does 1 / Z-hat when particle 0 is pinned: once it has ended, the others resample as if there
+    were none.
+
     Args:
         target: what to sample from.
         particles: K.
@@ -136,20 +144,24 @@ def smc(
     weigh_first = order == "weigh_first"
     if resample_at is None:
         resample_at = range(2 if weigh_first else 1, target.horizon)
-    held = 0 if pinned is None else 1
+    is_pinned = torch.arange(particles) < (0 if pinned is None else 1)
+    ended = torch.zeros(particles, dtype=torch.bool)
     num_resamplings = 0
 
     def resample(log_w: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Return the new weights, and each tensor of the state with its rows chosen anew."""
         nonlocal num_resamplings
-        log_mean = log_mean_exp(log_w)
-        uneven = threshold >= 1 or ess(log_w) < threshold * particles
-        if particles == 1 or not torch.isfinite(log_mean) or not uneven:
+        live, free = torch.nonzero(~ended)[:, 0], torch.nonzero(~ended & ~is_pinned)[:, 0]
+        if len(live) < 2:
+            return log_w, *state
+        log_mean = log_mean_exp(log_w[live])
+        uneven = threshold >= 1 or ess(log_w[live]) < threshold * len(live)
+        if not torch.isfinite(log_mean) or not uneven:
             return log_w, *state
         num_resamplings += 1
         ancestors = torch.arange(particles)
-        ancestors[held:] = draw(log_w.expand(particles - held, particles))
-        return log_mean.expand(particles), *(x[ancestors] for x in state)
+        ancestors[free] = live[draw(log_w[live].expand(len(free), len(live)))]
+        return torch.where(ended, log_w, log_mean), *(x[ancestors] for x in state)
 
     prefixes = torch.empty(particles, 0, dtype=torch.int64)
     log_w = previous = torch.zeros(particles)
@@ -159,19 +171,27 @@ def smc(
         if proposal == "twist":
             # log Z^pi_t - log psi_{t-1}: w_t but for psi_t (or phi) over the psi_t of the proposal.
             log_norm = torch.logsumexp(log_q, -1)
-            log_w = log_w + log_norm - previous
+            log_w = torch.where(ended, log_w, log_w + log_norm - previous)
             # Where no continuation is left any will do: the weight is zero.
             log_q = torch.where((log_norm > float("-inf"))[:, None], log_q, log_p)
         if weigh_first and t in resample_at:
             log_w, prefixes, log_q, log_psi, previous = resample(log_w, prefixes, log_q, log_psi, previous)
-        token = draw(log_q[held:])
+        token = torch.full((particles,), 0 if target.eos is None else target.eos)
+        free = ~ended & ~is_pinned
+        token[free] = draw(log_q[free])
         if pinned is not None:
-            token = torch.cat([pinned[t - 1 : t], token])
+            token[0] = pinned[t - 1]
         prefixes = torch.cat([prefixes, token[:, None]], -1)
-        drawn = log_psi.gather(-1, token[:, None])[:, 0]
-        current = target.log_phi(prefixes) if t == target.horizon else drawn
-        log_w = log_w + current - (_or_one(drawn) if proposal == "twist" else previous)
+        current = drawn = log_psi.gather(-1, token[:, None])[:, 0]
+        ends = torch.zeros_like(ended) if target.eos is None else token == target.eos
+        last = ends | (t == target.horizon)
+        if last.any():
+            filled = torch.nn.functional.pad(prefixes, (0, target.horizon - t), value=target.eos or 0)
+            current = torch.where(last, target.log_phi(filled), drawn)
+        final = log_w + current - (_or_one(drawn) if proposal == "twist" else previous)
+        log_w = torch.where(ended, log_w, final)
         previous = _or_one(current)
+        ended = ended | ends
         if not weigh_first and t in resample_at:
             log_w, prefixes, previous = resample(log_w, prefixes, previous)
     return Population(prefixes, log_w, log_mean_exp(log_w), ess(log_w), num_resamplings)

@@ -90,6 +90,39 @@ def neutral_params(params: Any, extra_args: dict[str, Any], truncated: bool) -> 
     return lane
 
 
+def check_pinned(pinned: tuple[int, ...], params: Any, max_tokens: int, vocab_size: int) -> None:
+    """Refuse a continuation that the engine could not have drawn.
+
+    Raises:
+        ValueError: it leaves the vocabulary, is longer than ``max_tokens``, goes on after a token
+            that ends it, or ends where nothing ends it.
+    """
+    name = f"`{PREFIX}_pinned`"
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
+    stops = ", ".join(map(str, sorted(ends))) or "none"
+    if max(pinned) >= vocab_size:
+        raise ValueError(
+            f"{name} must hold token ids below {vocab_size}, got {max(pinned)}: use the model's tokenizer."
+        )
+    if len(pinned) > max_tokens:
+        raise ValueError(
+            f"{name} must have at most `max_tokens`={max_tokens} tokens, got {len(pinned)}: raise `max_tokens` to "
+            "what the continuation was drawn with."
+        )
+    early = [i for i, token in enumerate(pinned[:-1]) if token in ends]
+    if early:
+        raise ValueError(
+            f"{name} must end with the first token that ends an output ({stops}), got {pinned[early[0]]} at index "
+            f"{early[0]} of {len(pinned)}: cut it after that token."
+        )
+    if len(pinned) < max_tokens and pinned[-1] not in ends:
+        raise ValueError(
+            f"{name} must end with a token that ends an output ({stops}) or have `max_tokens`={max_tokens} tokens, "
+            f"got {len(pinned)} tokens ending with {pinned[-1]}: append the terminating token, or lower `max_tokens` "
+            "to what the continuation was drawn with."
+        )
+
+
 def _refuse(name: str, got: Any, remedy: str) -> None:
     raise ValueError(f"`{name}` is not supported together with a twist, got {got!r}: {remedy}.")
 
@@ -147,8 +180,9 @@ def admit(vllm_config: Any, request: Any) -> None:
             )
         cache = vllm_config.cache_config
         engines = vllm_config.parallel_config.data_parallel_size
-        fit_length(
-            len(request.prompt_token_ids),
+        prompt_len = len(request.prompt_token_ids)
+        length = fit_length(
+            prompt_len,
             params.max_tokens,
             settings.particles,
             max_model_len=vllm_config.model_config.max_model_len,
@@ -157,6 +191,9 @@ def admit(vllm_config: Any, request: Any) -> None:
             num_blocks=cache.num_gpu_blocks // engines - 1,
             share_prompt=bool(cache.enable_prefix_caching),
         )
+        if settings.pinned is not None:
+            vocab_size = vllm_config.model_config.get_vocab_size()
+            check_pinned(settings.pinned, params, length - prompt_len, vocab_size)
     except ValueError as error:
         raise TwistValidationError(str(error)) from error
     params.extra_args = {**(params.extra_args or {}), GROUP_KEY: dataclasses.asdict(settings)}

@@ -115,6 +115,17 @@ class Group:
         """Whether every particle has ended."""
         return self.forked and not any(lane.live for lane in self.lanes.values())
 
+    def reweigh(self, log_phi: list[float]) -> None:
+        """Put phi in the place of psi at each particle's last token, in the order of the lanes."""
+        for lane, value in zip(self.lanes.values(), log_phi, strict=True):
+            lane.log_w += value - lane.log_psi
+
+    @property
+    def pinned_is_impossible(self) -> bool:
+        """Whether lane 0 is held to a continuation that has probability or weight zero."""
+        lane = self.lanes[self.id]
+        return self.settings.pinned is not None and -math.inf in (lane.log_p, lane.log_w)
+
     @property
     def num_live(self) -> int:
         """How many lanes the group still needs, those not created yet included."""
@@ -154,6 +165,7 @@ class Group:
                     # JSON has no -inf; None stands for it and is read back as such.
                     "log_weight": log_w if math.isfinite(log_w) else None,
                     "log_prob": lane.log_p,
+                    "log_psi": lane.log_psi,
                     "finished": lane.stopped,
                 }
                 for lane, log_w in zip(self.lanes.values(), normalised, strict=True)

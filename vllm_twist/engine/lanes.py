@@ -25,6 +25,9 @@ class LaneSpec:
 
     ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
     ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
+
+    ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
+    that lane 0 is held to.
     """
 
     lane_id: str
@@ -38,6 +41,8 @@ class LaneSpec:
     top_k: int = 0
     top_p: float = 1.0
     num_logprobs: int | None = None
+    base_proposal: bool = False
+    pinned: tuple[int, ...] | None = None
     inverse_temperature: float = 1.0
     group_size: int = 0
     log_w: float = 0.0
@@ -139,6 +144,12 @@ class _Layout:
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
+        self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
+        # Lane 0 of a group is its first member, unless it has ended.
+        pinned = [spec.pinned is not None for spec in firsts]
+        self.pinned = tensor(pinned, torch.bool) if any(pinned) else None
+        base = [spec.base_proposal for spec in specs]
+        self.base_proposal = tensor(base, torch.bool)[:, None] if any(base) else None
         self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
 
 
@@ -231,8 +242,9 @@ class LaneTable:
 
             log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
             ancestors, log_w = resample(log_w)           if all live lanes are here, 1 < t < last
-            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor
+            s_t ~ softmax(logits[a] + log_psi[a])        a = the lane's ancestor; a pinned lane takes its own
 
+        (with the base proposal  s_t ~ softmax(logits[a]), then log_w += log psi_t - log psi_{t-1}).
         With the twist-induced proposal the weight does not depend on the token drawn, so it is
         complete before the draw, and children of one parent draw different tokens.
 
@@ -254,11 +266,16 @@ class LaneTable:
         log_psi = log_psi.to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
+        # What the proposal sees of it.
+        log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
         positions = [self.position[spec.lane_id] + 1 for spec in specs]
         self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
-        lse0, lse_psi = reference.twist_softmax(base, log_psi)
-        log_w = layout.log_w + (lse_psi - lse0 - layout.log_psi)
+        lse0, lse_psi = reference.twist_softmax(base, log_psi_q)
+        due = layout.log_psi
+        if layout.base_proposal is not None:
+            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+        log_w = layout.log_w + (lse_psi - lse0 - due)
 
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
@@ -284,6 +301,7 @@ class LaneTable:
                 torch.ones_like(chosen, dtype=torch.float64),
                 layout.schemes,
                 reference.counter_uniforms(keys, members.shape[1]),
+                layout.pinned,
             )
             live = layout.live
             ancestors = torch.empty_like(layout.slots)
@@ -292,9 +310,18 @@ class LaneTable:
             weights = log_w.tolist()
 
         keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
-        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi, lse0, ancestors, keys)
+        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi_q, lse0, ancestors, keys)
         if ancestors is None:
             ancestors = layout.identity
+        for i, continuation in layout.held:
+            token[i] = continuation[min(positions[i], len(continuation)) - 1]
+        if layout.held or layout.base_proposal is not None:
+            token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
+        if layout.base_proposal is not None:
+            # q = p0: what the token adds to the weight is known only now (Eq. 10).
+            gain = token_log_psi - layout.log_psi[ancestors]
+            log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
+            weights = log_w.tolist()
         layout.log_w = log_w
         layout.log_p = layout.log_p[ancestors] + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
-from vllm_twist.config import PREFIX, RequestConfig, TwistConfig
+from vllm_twist.config import PREFIX, TwistConfig, engine_options
 from vllm_twist.engine import compat
 
 _MODULE = "vllm_twist.engine"
@@ -26,7 +25,19 @@ def add_cli_args(parser: Any) -> None:
     group.add_argument(
         "--twist-head", type=str, default=argparse.SUPPRESS, help="folder or hub id of a twist head; turns twists on"
     )
-    for option in dataclasses.fields(RequestConfig):
+    group.add_argument(
+        "--twist-potential",
+        type=str,
+        default=argparse.SUPPRESS,
+        help="log phi of finished outputs, as module:attribute or path.py:attribute: makes the target p0 * phi",
+    )
+    group.add_argument(
+        "--twist-potential-timeout",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=f"seconds that the potential may take for one group (default: {TwistConfig.potential_timeout:g})",
+    )
+    for option in engine_options():
         flag = f"--{PREFIX}-{option.name.replace('_', '-')}"
         text = f"{option.metadata['help']} (default: {option.default})"
         if isinstance(option.default, bool):
@@ -67,6 +78,7 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
         ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
     """
     from vllm_twist.engine.admission import check_head
+    from vllm_twist.engine.scoring import read_potential
     from vllm_twist.engine.worker import WORKERS
     from vllm_twist.twist import TwistHead, load_config
 
@@ -98,6 +110,8 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
     check_head(load_config(twist.head), model)
     # The workers load it again; here its errors still reach the one who starts the engine.
     TwistHead.from_pretrained(twist.head, dtype=model.dtype)
+    if twist.potential is not None:
+        read_potential(twist.potential, None)
     if twist.defaults.particles > vllm_config.scheduler_config.max_num_seqs:
         raise ValueError(
             f"`twist_particles` must be at most `max_num_seqs`={vllm_config.scheduler_config.max_num_seqs}, got "

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -21,9 +22,10 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
-from vllm_twist.engine.admission import GROUP_KEY, fit_length, neutral_params
+from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params, read_config
 from vllm_twist.engine.groups import Group, Lane
 from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, TwistStep
+from vllm_twist.engine.scoring import Scorer, read_potential
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
@@ -33,6 +35,16 @@ GONE_WRONG = (
     "the twist gave weights that are NaN, infinite or all zero: check the head (`twist_head`) and "
     "`twist_scale`, and that the request's own restrictions leave some token possible."
 )
+IMPOSSIBLE = (
+    "`twist_pinned` holds a continuation that the model and the request's own sampling parameters give "
+    "probability zero, or the twist or the potential weight zero: pass one that was drawn with the same parameters."
+)
+NOTHING_LEFT = (
+    "`twist_potential` gave all of its particles phi = 0, so that none can be drawn (Z-hat is 0): raise "
+    "`twist_particles`, train the twist, or let phi be small instead of 0."
+)
+#: Seconds for which the engine sleeps at a time while nothing but the potential is at work.
+IDLE_WAIT = 0.01
 
 
 if TYPE_CHECKING:
@@ -70,6 +82,12 @@ class TwistSchedulerMixin(_Base):
         self.staged = create_request_queue(self.policy)
         #: Final outputs made between steps.
         self.ready: list[tuple[int, EngineCoreOutput]] = []
+        #: Evaluates phi for groups whose particles have all ended; they are no longer in ``groups``.
+        self.scorer: Scorer | None = None
+        config = read_config(self.vllm_config)
+        if config.potential is not None:
+            tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+            self.scorer = Scorer(read_potential(config.potential, tokenizer), config.potential_timeout)
 
     # ---- entering -------------------------------------------------------------------------
 
@@ -98,11 +116,14 @@ class TwistSchedulerMixin(_Base):
                 num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
                 share_prompt=self.kv_cache_manager.enable_caching,
             )
+            request.max_tokens = group.last_position = length - request.num_prompt_tokens
+            if settings.pinned is not None:
+                vocab_size = self.vllm_config.model_config.get_vocab_size()
+                check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size)
         except ValueError as error:
             # Refused at the frontend already, unless its view of the cache was too rosy.
             self.ready.append(_failure(group, str(error)))
             return
-        request.max_tokens = group.last_position = length - request.num_prompt_tokens
         request.sampling_params = self._leader_params(group, request.sampling_params)
         group.lanes[group.id] = Lane(request)
         self.groups[group.id] = group
@@ -126,6 +147,8 @@ class TwistSchedulerMixin(_Base):
             ess_threshold=group.settings.ess_threshold,
             scheme=SCHEMES.index(group.settings.resampling),
             scale=group.settings.scale,
+            base_proposal=group.settings.proposal == "base",
+            pinned=group.settings.pinned,
             top_k=0 if v2 else params.top_k,
             top_p=1.0 if v2 else params.top_p,
             num_logprobs=self._num_logprobs(params),
@@ -139,7 +162,7 @@ class TwistSchedulerMixin(_Base):
     def _lane_params(self, group: Group, index: int) -> Any:
         """Return the leader's sampling parameters for another of its lanes."""
         leader = group.leader.sampling_params
-        spec = dataclasses.replace(leader.extra_args[LANE_KEY], lane_id=group.lane_id(index), index=index)
+        spec = dataclasses.replace(leader.extra_args[LANE_KEY], lane_id=group.lane_id(index), index=index, pinned=None)
         return neutral_params(leader, {LANE_KEY: spec}, truncated=self.use_v2_model_runner)
 
     def _num_logprobs(self, params: Any) -> int | None:
@@ -156,6 +179,9 @@ class TwistSchedulerMixin(_Base):
             self._make_room()
             self._hold_lanes_ahead()
             self._brief_lanes()
+        if self.scorer and not (self.staged or any(super().get_request_counts())):
+            # Nothing to run until phi is known. New requests wait that long at most.
+            self._take_scores(wait=IDLE_WAIT)
         return super().schedule(throttle_prefills)
 
     def update_from_output(
@@ -165,6 +191,8 @@ class TwistSchedulerMixin(_Base):
         if isinstance(step, TwistStep):
             self._mirror(step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.scorer:
+            self._take_scores()
         if self.groups or self.ready:
             self._collect(outputs)
         return outputs
@@ -383,6 +411,7 @@ class TwistSchedulerMixin(_Base):
             lanes[child].logprobs = list(history[parent])
         resampled: dict[str, Group] = {}
         wrong: dict[str, Group] = {}
+        impossible: dict[str, Group] = {}
         for i, lane_id in enumerate(step.lane_ids):
             group = touched.get(lane_id)
             if group is None:
@@ -403,8 +432,12 @@ class TwistSchedulerMixin(_Base):
             # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
             elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
                 wrong[group.id] = group
+            elif group.pinned_is_impossible:
+                impossible[group.id] = group
         for group in wrong.values():
             self._fail(group, GONE_WRONG)
+        for group in impossible.values():
+            self._fail(group, IMPOSSIBLE)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
@@ -499,7 +532,11 @@ class TwistSchedulerMixin(_Base):
             batch.outputs = kept
         for group in touched.values():
             if group.done:
-                self._finish_group(group)
+                del self.groups[group.id]
+                if self.scorer is None:
+                    self._finish_group(group)
+                else:
+                    self.scorer.submit(group)
         for client_index, output in self.ready:
             batch = outputs.setdefault(client_index, EngineCoreOutputs())
             batch.outputs.append(output)
@@ -517,7 +554,6 @@ class TwistSchedulerMixin(_Base):
     def _finish_group(self, group: Group) -> None:
         index = group.draw()
         lane = list(group.lanes.values())[index]
-        del self.groups[group.id]
         self.ready.append(
             (
                 group.leader.client_index,
@@ -534,6 +570,26 @@ class TwistSchedulerMixin(_Base):
                 ),
             )
         )
+
+    def _take_scores(self, wait: float = 0.0) -> None:
+        """Finish the groups whose phi has come, or failed to come."""
+        assert self.scorer is not None
+        for group, outcome in self.scorer.collect(wait):
+            if isinstance(outcome, TimeoutError):
+                outcome = ValueError(
+                    f"`twist_potential` took more than `twist_potential_timeout`={self.scorer.timeout:g} seconds for "
+                    "one group: make it faster, or raise the timeout."
+                )
+            if isinstance(outcome, Exception):
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {outcome}"))
+                continue
+            group.reweigh(outcome)
+            if all(lane.log_w == -math.inf for lane in group.lanes.values()):
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
+            elif group.pinned_is_impossible:
+                self.ready.append(_failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))
+            else:
+                self._finish_group(group)
 
     def _fail(self, group: Group, reason: str) -> None:
         """End a group with an error that its client will read; the others go on."""
@@ -562,6 +618,7 @@ class TwistSchedulerMixin(_Base):
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         if request_ids is None:
             wanted = {*self.requests, *self.groups, *(request.request_id for request in self.staged)}
+            wanted.update(self.scorer.pending if self.scorer else ())
         else:
             wanted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         finished = []
@@ -572,6 +629,10 @@ class TwistSchedulerMixin(_Base):
                 finished.append(group.leader)
                 # Its other lanes went with it.
                 wanted.difference_update(group.lanes)
+            elif self.scorer is not None and (group := self.scorer.cancel(request_id)) is not None:
+                group.leader.status = finished_status
+                finished.append(group.leader)
+                wanted.discard(request_id)
         staged = [request for request in self.staged if request.request_id in wanted]
         self.staged.remove_requests(staged)
         for request in staged:
@@ -582,12 +643,12 @@ class TwistSchedulerMixin(_Base):
     # ---- counts ---------------------------------------------------------------------------
 
     def get_request_counts(self) -> tuple[int, int]:
-        """Count staged requests as waiting, or the engine would go idle over them."""
+        """Count staged and scored requests as waiting, or the engine would go idle over them."""
         running, waiting = super().get_request_counts()
-        return running, waiting + len(self.staged)
+        return running, waiting + len(self.staged) + len(self.scorer or ())
 
     def has_finished_requests(self) -> bool:
-        return bool(self.ready) or super().has_finished_requests()
+        return bool(self.ready) or bool(self.scorer) or super().has_finished_requests()
 
 
 def _length(request: Request) -> int:

@@ -78,6 +78,9 @@ class SlotTable:
             stops=zeros(torch.int32, 1),
         )
         self.inverse_temperature, self.scale = zeros(torch.float32), zeros(torch.float32)
+        self.base_proposal = zeros(torch.bool)
+        #: What pinned lanes are held to, by position; -1 in other slots and past the end.
+        self.pinned = zeros(torch.int64, 1) - 1
         self.row_of = zeros(torch.int32)
         self.order = torch.arange(num_slots, dtype=torch.int32, device=device)
         self.groups: reference.Groups | None = None
@@ -99,6 +102,9 @@ class SlotTable:
         self._seeds = np.zeros(num_slots, dtype=np.int64)
         self._scaled = np.zeros(num_slots, dtype=bool)
         self._tempered = np.zeros(num_slots, dtype=bool)
+        self._from_base = np.zeros(num_slots, dtype=bool)
+        self._held = np.zeros(num_slots, dtype=bool)
+        self._pinned = np.zeros(num_slots, dtype=bool)
         self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
         self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
         self._changed = False
@@ -112,7 +118,7 @@ class SlotTable:
         if row is None:
             row = self._group_rows[spec.group_id] = self._free_rows.pop()
             self._members[row] = -1
-            self._present[row] = self._width[row] = 0
+            self._present[row] = self._width[row] = self._pinned[row] = 0
             self._thresholds[row], self._schemes[row], self._seeds[row] = spec.ess_threshold, spec.scheme, spec.seed
         self._members[row, spec.index] = slot
         self._present[row] += 1
@@ -122,6 +128,8 @@ class SlotTable:
         self._seat[spec.lane_id] = spec.group_id, spec.index
         self.is_lane[slot] = True
         self._scaled[slot], self._tempered[slot] = spec.scale != 1.0, spec.inverse_temperature != 1.0
+        self._from_base[slot], self._held[slot] = spec.base_proposal, spec.pinned is not None
+        self._pinned[row] |= self._held[slot]
         self._num_logprobs[slot] = NO_LOGPROBS if spec.num_logprobs is None else spec.num_logprobs
         self._staged[slot] = spec, sorted(set(stops))
         self._changed = True
@@ -177,6 +185,12 @@ class SlotTable:
         write(self.lanes.keys, keys.numpy())
         write(self.lanes.stops, stops)
         write(self.scale, [spec.scale for spec in specs])
+        write(self.base_proposal, [spec.base_proposal for spec in specs])
+        held = [spec.pinned or () for spec in specs]
+        longest, width = max(map(len, held)), self.pinned.shape[1]
+        if longest > width:
+            self.pinned, width = torch.nn.functional.pad(self.pinned, (0, longest - width), value=-1), longest
+        write(self.pinned, [[*tokens, *([-1] * (width - len(tokens)))] for tokens in held])
         write(self.inverse_temperature, [spec.inverse_temperature for spec in specs])
         self._staged.clear()
 
@@ -195,6 +209,7 @@ class SlotTable:
             thresholds=self._upload(self._thresholds[rows], torch.float64),
             schemes=self._upload(self._schemes[rows], torch.int64),
             keys=self._upload(keys.numpy(), torch.int64),
+            pinned=self._upload(self._pinned[rows], torch.bool),
         )
         self.forks = bool(((self._thresholds[rows] > 0) & (self._width[rows] > 1)).any())
 
@@ -224,15 +239,32 @@ class SlotTable:
         beta = self.inverse_temperature[slots] if self._tempered[where].any() else None
         scale = self.scale[slots] if self._scaled[where].any() else None
         on = {"backend": self.backend}
-        lse0, lse_psi = ops.twist_softmax(logits, log_psi, beta, scale, rows, **on)
+        base = self.base_proposal[slots] if self._from_base[where].any() else None
+        log_psi_q = log_psi if base is None else log_psi.masked_fill(base[:, None], 0.0)
+        lse0, lse_psi = ops.twist_softmax(logits, log_psi_q, beta, scale, rows, **on)
+        before = self.lanes.log_psi[slots]
+        if base is not None:
+            # The weight of the last token was complete when it was drawn: nothing is due.
+            lse_psi = torch.where(base, lse0 + before, lse_psi)
         self.row_of.fill_(-1)
         self.row_of.index_copy_(0, slots, self.order[: len(where)])
         assert self.groups is not None, "a batch with lanes before flush()"
         moved = ops.advance(self.lanes, self.groups, self.row_of, lse0, lse_psi, **on)
         ancestors = moved.ancestors
         token, log_p, token_log_psi = ops.twist_sample(
-            logits, log_psi, lse0, ancestors, moved.keys, beta, scale, rows, **on
+            logits, log_psi_q, lse0, ancestors, moved.keys, beta, scale, rows, **on
         )
+        held = self._held[where].any()
+        if held:
+            at = (self.lanes.position[slots].long() - 1).clamp(0, self.pinned.shape[1] - 1)
+            forced = self.pinned[slots].gather(1, at[:, None])[:, 0]
+            token = torch.where(forced >= 0, forced, token)
+        if held or base is not None:
+            log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
+        if base is not None:
+            # q = p0: what the token adds to the weight is known only now (Eq. 10).
+            counts_now = base & ~self.lanes.ended[slots]
+            self.lanes.log_w[slots] += torch.where(counts_now, token_log_psi - before[ancestors], 0.0)
         report = ops.settle(self.lanes, slots, moved, token, log_p, token_log_psi, **on)
         counts = self._num_logprobs[where]
         wanted = np.flatnonzero(counts != NO_LOGPROBS)
@@ -245,6 +277,26 @@ class SlotTable:
                 base = base * beta[parents, None]
             logprobs = lineage_logprobs(base - lse0[parents, None], token[index], int(counts.max()))
         return Draw(token, ancestors, report, wanted, logprobs)
+
+    @staticmethod
+    def _values_of(
+        token: Tensor,
+        logits: Tensor,
+        log_psi: Tensor,
+        lse0: Tensor,
+        ancestors: Tensor,
+        beta: Tensor | None,
+        scale: Tensor | None,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p0 and log psi of given tokens, as ``ops.twist_sample`` does of those it draws."""
+        log_p = logits[ancestors if rows is None else rows[ancestors], token].float()
+        if beta is not None:
+            log_p = log_p * beta[ancestors]
+        value = log_psi[ancestors, token].float()
+        if scale is not None:
+            value = torch.where(scale[ancestors] == 0, 0.0, value * scale[ancestors])
+        return log_p - lse0[ancestors], value
 
     def num_logprobs(self, found: LaneRows) -> np.ndarray:
         """Return how many logprobs each lane wants, [L]; ``NO_LOGPROBS`` for none at all."""

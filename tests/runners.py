@@ -1,0 +1,64 @@
+"""The model runner and scheduler that the engine tests run on.
+
+Model Runner V2 needs Triton; without a GPU it runs under Triton's interpreter, some hundred times slower, so
+that tests there take fewer groups.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+#: "v1", "v2" (synchronous scheduler) or "v2-async".
+RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+def fewer(n: int) -> int:
+    """Return how many of ``n`` groups a statistical test affords."""
+    return n if RUNNER == "v1" else max(n // 25, 6)
+
+
+def emulate() -> None:
+    """Make vLLM believe, before it is imported, that this machine's Triton has a CPU backend: the interpreter."""
+    from triton.backends import backends
+
+    class Interpreter:
+        class driver:
+            @staticmethod
+            def is_active() -> bool:
+                return False
+
+    backends["cpu"] = Interpreter  # type: ignore[assignment]
+
+
+def keep_async() -> None:
+    """Leave asynchronous scheduling on, which vLLM turns off on a CPU for want of a use, not of ability."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    real = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        real(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def truncate_in_torch() -> None:
+    """Truncate by vLLM's PyTorch function: its kernel for top-k and top-p is beyond the interpreter."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+
+
+def options() -> dict[str, Any]:
+    """Set the process up for ``RUNNER``; return what an engine needs for it."""
+    if RUNNER == "v1":
+        return {}
+    emulate()
+    truncate_in_torch()
+    if RUNNER == "v2-async":
+        keep_async()
+    return {"async_scheduling": RUNNER == "v2-async"}

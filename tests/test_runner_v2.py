@@ -1,0 +1,92 @@
+"""The engine on Model Runner V2, with the synchronous and with the asynchronous scheduler.
+
+Without a GPU that runner works under Triton's interpreter, which has to be chosen before anything imports
+Triton: so each scheduler has a pytest process of its own, in which the engine's tests run again, with fewer
+groups, and those of ``cases_v2``. A test here stands for all cases of one test there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from elsewhere import Elsewhere
+from paths import PATHS, outcome
+from runners import ENVIRONMENT
+
+MODES = ("v2", "v2-async")
+#: Tests of other files, whole or by case, that every runner has to pass.
+BORROWED = [
+    "test_engine_exact.py::test_unbiased",
+    "test_engine_exact.py::test_sampling_parameters_define_p0",
+    "test_engine_exact.py::test_prompt_against_block",
+    "test_engine_exact.py::test_every_kind_of_head",
+    "test_engine_exact.py::test_optimal_twist_has_no_variance",
+    "test_engine_exact.py::test_optimal_twist_with_the_base_model_as_proposal_has_variance",
+    "test_engine_exact.py::test_scale_invariance",
+    "test_engine_exact.py::test_single_particle_is_the_twist_induced_proposal",
+    "test_engine_exact.py::test_broken_engines_fail",
+    "test_engine.py::test_forks_at_every_step_across_blocks[caching-31]",
+    "test_engine.py::test_forks_at_every_step_across_blocks[no-caching-32]",
+    "test_engine.py::test_result_is_consistent",
+    "test_engine.py::test_token_budget_smaller_than_the_group",
+    "test_engine.py::test_whole_groups_are_preempted[caching]",
+    "test_engine.py::test_preemption_keeps_the_estimate",
+    "test_engine.py::test_prefix_cache_reset_mid_way",
+    "test_engine.py::test_abort",
+    "test_engine.py::test_head_gone_wrong_ends_its_request_alone",
+    "test_engine.py::test_all_weights_zero_end_the_request",
+    "test_soak.py::test_random_load[0]",
+    "test_soak.py::test_random_load[3]",
+]
+OWN = [
+    f"cases_v2.py::{name}"
+    for name in (
+        "test_runner_and_scheduler_are_the_ones_meant",
+        "test_same_as_model_runner_v1",
+        "test_same_with_the_kernels",
+        "test_rescoring_sees_a_wrong_fork",
+        "test_particle_that_ends_leaves_one_step_later",
+        "test_plain_rows_are_drawn_by_vllm",
+        "test_the_check_for_waiting_sees_it",
+        "test_the_step_never_waits_for_the_device",
+        "test_state_survives_a_preemption",
+    )
+]
+Outcomes = Callable[[str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(engine, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_root: Path):
+    """Start a process per mode with what was selected, side by side; return what came of a mode's tests."""
+    reference = tmp_path_factory.mktemp("v1") / "reference.json"
+    reference.write_text(json.dumps({path.name: outcome(engine, request, path) for path in PATHS}))
+    processes: dict[str, Elsewhere] = {}
+    for mode in MODES:
+        chosen = [
+            f"tests/{item.callspec.params['test']}"
+            for item in request.session.items
+            if item.path == Path(__file__) and item.callspec.params.get("mode") == mode
+        ]
+        if chosen:
+            environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
+            processes[mode] = Elsewhere(chosen, environment, repo_root, tmp_path_factory.mktemp(mode))
+    found: dict[str, dict[str, str]] = {}
+
+    def of(mode: str) -> dict[str, str]:
+        if mode not in found:
+            found[mode] = processes[mode].outcomes(timeout=1500)
+        return found[mode]
+
+    return of
+
+
+@pytest.mark.parametrize("test", [*OWN, *BORROWED])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_model_runner_v2(outcomes: Outcomes, mode: str, test: str):
+    name = test.replace(".py::", ".")
+    cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}
+    assert cases, "it did not run"
+    assert not any(cases.values()), "\n".join(f"{case}:\n{failure}" for case, failure in cases.items() if failure)
