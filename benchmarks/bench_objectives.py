@@ -310,7 +310,8 @@ PAGE = """# Objectives compared
 Every way of learning a twist that `vllm-twist train` offers, on one task: the shipped `{model}`, the prompt
 "{prompt}", outputs of at most {max_tokens} tokens, and phi = p(positive) from `{potential}`.
 A cell holds KL(q ‖ sigma), KL(sigma ‖ q) in nats, q being the twist-induced proposal, each with its 95% interval over
-{seeds} seeds (Student's t). The model itself (psi = 1) has {base}, a fresh head, not quite 1, {untrained}. {ctl}
+{seeds} seeds (Student's t). The model itself (psi = 1) has {base}, a fresh head (psi not quite 1)
+{untrained}. {ctl}
 
 | objective | learning rate | after {updates} updates | after {budget:.0f} s of training (updates) | paper: toxicity | \
 paper: sentiment | paper: infilling |
