@@ -30,7 +30,16 @@ setup(
         "accelerate": ["accelerate"],
         "tensorboard": ["tensorboard"],
         "plot": ["matplotlib"],
-        "test": ["pytest==9.2.0", "scipy", "openai", "accelerate", "tensorboard", "matplotlib", "ruff==0.17.6", "mypy==2.4.1"],
+        "test": [
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "scipy",
+            "openai",
+            "accelerate",
+            "tensorboard",
+            "matplotlib",
+        ],
     },
     entry_points={
         "console_scripts": ["vllm-twist = vllm_twist.cli:main"],
