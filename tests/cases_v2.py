@@ -220,7 +220,8 @@ def test_the_check_for_waiting_sees_it(read: Callable[[torch.Tensor], Any]) -> N
 def test_the_step_never_waits_for_the_device(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding lanes, weighing, resampling, drawing, forking and preparing the output: no read, no mask, no loop.
 
-    With the kernels, as on a GPU; on mixed and on pure batches, with temperatures, scales, penalties and logprobs.
+    With the kernels, as on a GPU; on mixed and on pure batches, with temperatures, scales, penalties and logprobs,
+    pinned lanes and the base proposal.
     """
     from vllm_twist.engine.sampler_v2 import StepOutputs, TwistSampler
     from vllm_twist.engine.slots import SlotTable
@@ -239,6 +240,9 @@ def test_the_step_never_waits_for_the_device(engine, wide: Tiny, monkeypatch: py
     )  # fmt: skip
     generate(llm, [prompt_of(9), prompt_of(5)], [group, params(max_tokens=3, twist=0)])
     generate(llm, [prompt_of(9)], params(max_tokens=4, twist_particles=3, **EVERY_STEP))
+    held = params(max_tokens=4, twist_particles=3, twist_pinned=[5, 9, 8, 4], **EVERY_STEP)
+    base = params(max_tokens=4, twist_particles=3, twist_proposal="base", **EVERY_STEP)
+    generate(llm, [prompt_of(9), prompt_of(8)], [held, base])
     assert {"find_lanes", "step", "prepare_output", "fork"} == set(entered)
 
 
