@@ -19,6 +19,17 @@ from typing import Any
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, spread, versions
 
 
+def both_sides(particles: int, max_tokens: int) -> dict[str, Any]:
+    """Return the sampling parameters of either side; they keep the same number of sequences in the batch."""
+    from vllm import SamplingParams
+
+    common = {"max_tokens": max_tokens, "ignore_eos": True}
+    return {
+        "plain": SamplingParams(n=particles, extra_args={"twist": 0}, **common),
+        "twisted": SamplingParams(extra_args={"twist_particles": particles}, **common),
+    }
+
+
 def measure(
     llm: Any,
     prompt: str,
@@ -29,13 +40,7 @@ def measure(
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return tokens per second of each repeat, for "plain" and "twisted" (one warm-up each)."""
-    from vllm import SamplingParams
-
-    common = {"max_tokens": max_tokens, "ignore_eos": True}
-    sides = {
-        "plain": SamplingParams(n=particles, extra_args={"twist": 0}, **common),
-        "twisted": SamplingParams(extra_args={"twist_particles": particles}, **common),
-    }
+    sides = both_sides(particles, max_tokens)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, params in sides.items():

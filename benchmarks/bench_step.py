@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_generate import both_sides
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, versions
 
 PHASES = ("schedule", "execute", "sample", "update")
@@ -73,13 +74,7 @@ class Stopwatch:
 
 def measure(llm: Any, watch: Stopwatch, groups: int, particles: int, max_tokens: int, repeats: int) -> dict[str, Any]:
     """Return the steps of each side, "plain" and "twisted", over all repeats but one to warm up."""
-    from vllm import SamplingParams
-
-    common = {"max_tokens": max_tokens, "ignore_eos": True}
-    sides = {
-        "plain": SamplingParams(n=particles, extra_args={"twist": 0}, **common),
-        "twisted": SamplingParams(extra_args={"twist_particles": particles}, **common),
-    }
+    sides = both_sides(particles, max_tokens)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(repeats + 1):
         for side, params in sides.items():

@@ -28,6 +28,31 @@ class Path_:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+#: Sampling parameters that make p0, and what a request may ask of its twist.
+PARAMETERS = [
+    {"temperature": 0.7},
+    {"top_p": 0.8},
+    {"top_k": 2},
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 3},
+    {"min_p": 0.4},
+    {"min_p": 0.3, "temperature": 1.3},
+    {"logit_bias": {2: 1.5, 3: -2.0}},
+    {"allowed_token_ids": [1, 2]},
+    {"min_tokens": 2},
+    {"repetition_penalty": 1.7},
+    {"presence_penalty": 0.9, "frequency_penalty": 0.6},
+    {"ignore_eos": True},
+    {"stop_token_ids": [3]},
+    {"twist_scale": 2.5},
+    {"twist_scale": 0.0},
+]
+
+
+def named(options: dict[str, Any]) -> str:
+    """Return a name for a case."""
+    return ",".join(f"{key}={value}" for key, value in options.items())
+
+
 def _paths() -> list[Path_]:
     every = {"twist_ess_threshold": 1.0}
     found = [
@@ -54,25 +79,8 @@ def _paths() -> list[Path_]:
         "pinned, one particle": {"twist_pinned": [2, 2, 1], "twist_particles": 1, "temperature": 0.8},
     }.items():
         found.append(Path_(name, repeats=3, options={"max_tokens": 5, **every, **options}))
-    for options in (
-        {"temperature": 0.7},
-        {"top_p": 0.8},
-        {"top_k": 2},
-        {"temperature": 0.7, "top_p": 0.8, "top_k": 3},
-        {"min_p": 0.4},
-        {"min_p": 0.3, "temperature": 1.3},
-        {"logit_bias": {2: 1.5, 3: -2.0}},
-        {"allowed_token_ids": [1, 2]},
-        {"min_tokens": 2},
-        {"repetition_penalty": 1.7},
-        {"presence_penalty": 0.9, "frequency_penalty": 0.6},
-        {"ignore_eos": True},
-        {"stop_token_ids": [3]},
-        {"twist_scale": 2.5},
-        {"twist_scale": 0.0},
-    ):
-        name = ",".join(f"{key}={value}" for key, value in options.items())
-        found.append(Path_(name, options={"max_tokens": 4, **every, **options}))
+    for options in PARAMETERS:
+        found.append(Path_(named(options), options={"max_tokens": 4, **every, **options}))
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import PARAMETERS, named
 from runners import RUNNER, fewer
 from scipy.stats import t
 from tiny import Law, Tiny, enumerate_law
@@ -114,26 +115,7 @@ def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: f
     assert_samples_the_law(outputs, enumerate_law(small, PROMPTS["below"], 4), first=2)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 0.7},
-        {"top_p": 0.8},
-        {"top_k": 2},
-        {"temperature": 0.7, "top_p": 0.8, "top_k": 3},
-        {"min_p": 0.4},
-        {"logit_bias": {2: 1.5, 3: -2.0}},
-        {"allowed_token_ids": [1, 2]},
-        {"min_tokens": 2},
-        {"repetition_penalty": 1.7},
-        {"presence_penalty": 0.9, "frequency_penalty": 0.6},
-        {"ignore_eos": True},
-        {"stop_token_ids": [3]},
-        {"twist_scale": 2.5},
-        {"twist_scale": 0.0},
-    ],
-    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
-)
+@pytest.mark.parametrize("options", PARAMETERS, ids=named)
 def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, Any]):
     """p0 is the model after the request's parameters, in the proposal and in the weights alike.
 

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_twist import attention
-from vllm_twist.config import _flag, _integer, _number, _option, did_you_mean
+from vllm_twist.config import _flag, _integer, _number, _one_of, _option, did_you_mean
 from vllm_twist.objectives import OBJECTIVES, get_objective
 from vllm_twist.twist import TwistHead
 
 SAMPLERS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POSITIVES = ("approximate", "exact", "smc")
-
-
-def _one_of(known: Sequence[str]) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in known:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, list(known))}: "
-                "pass one of these."
-            )
-        return value
-
-    return check
 
 
 def _at_least(low: int) -> Callable[[str, Any], int]:
