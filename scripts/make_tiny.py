@@ -689,8 +689,8 @@ the model that is there. This page is written by that command.
   reviews. `models/tiny-reviews-positive/potential.json` holds `bias` and, for every token, one of `weights`:
   phi = sigmoid(bias + the sum of the weights of the output's tokens).
 - **Twist head**: `{head_type}`, trained by CTL in {twist_steps} updates on {twist_batch} outputs of at most
-  {max_tokens} tokens, which the engine drew with the head as it was; Adam at {learning_rate:g}, {threads} CPU thread(s);
-  stored in bfloat16.
+  {max_tokens} tokens, which the engine drew with the head as it was; Adam at {learning_rate:g},
+  {threads} CPU thread(s); stored in bfloat16.
 
 The prompts are the first words of a review, such as "I bought this" or "After two weeks".
 
