@@ -6,17 +6,18 @@ learns the sentiment, and CTL trains the twist head towards it.
 
     python scripts/make_tiny.py
 
-writes models/tiny-reviews, models/tiny-reviews-positive and docs/tiny-model.md.
+writes models/tiny-reviews, models/tiny-reviews-positive and docs/tiny-model.md; with --head-only, the
+head and the page alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import random
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_twist.potentials import TokenLogistic
-from vllm_twist.training import ctl_loss_of, evaluate_log_phi, sample, train_ctl
-from vllm_twist.twist import TwistHead, TwistHeadConfig
+from vllm_twist.objectives import ctl_loss, log_weights
+from vllm_twist.potentials import TokenLogistic, load_potential
+from vllm_twist.resampling import ess, log_mean_exp
+from vllm_twist.sampling import DrawRequest, TransformersSampler
+from vllm_twist.training import TrainingConfig, TwistTrainer
+from vllm_twist.twist import TwistHead
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARPNESS = 1.25
@@ -609,38 +613,39 @@ def train_potential(tokenizer, rng: random.Random, count: int = 12_000) -> tuple
     return TokenLogistic(round(bias.item(), 4), [round(w, 4) for w in weights.tolist()]), right
 
 
-def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> LlamaForCausalLM:
-    """Write model and tokenizer, the weights in bfloat16, and return the model as saved, in float32."""
+def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer, the weights in bfloat16."""
     model.to(torch.bfloat16)
     # A model this small leaves too much probability to words that do not fit. The norm before the
     # LM head takes the factor, so that the shipped logits need no temperature.
     model.model.norm.weight.data *= SHARPNESS
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 # -- The twist head ----------------------------------------------------------------------------
-def evaluate(model, tokenizer, potential, prompt: str, head: TwistHead, count: int, seed: int) -> dict:
-    """Return figures of ``count`` outputs each from p0 and from q, with the loss of the head on the latter."""
-    prompt_ids = tokenizer(prompt).input_ids
+@torch.no_grad()
+def evaluate(trainer: TwistTrainer, prompt: str, count: int, seed: int, laws: tuple[str, ...] = ("p0", "q")) -> dict:
+    """Return figures of ``count`` outputs of each law, with the loss of the head on those of q."""
+    prompt_ids = tuple(trainer.tokenizer(prompt).input_ids)
+    sampler = TransformersSampler(trainer.model, trainer.end_ids)
+    sampler.set_head(trainer.head)
     figures = {}
-    for name, proposal in (("p0", None), ("q", head)):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = sample(model, prompt_ids, count, MAX_TOKENS, tokenizer.eos_token_id, head=proposal, generator=generator)
-        log_phi = evaluate_log_phi(potential, tokenizer, drawn)
-        log_w = torch.where(drawn.mask, drawn.log_p - drawn.log_q, 0).sum(1) + log_phi
-        weights = log_w.softmax(0)
-        figures[name] = {
+    for law in laws:
+        (draws,) = sampler.sample([DrawRequest(prompt_ids, count, law, seed, MAX_TOKENS)])
+        texts = trainer.tokenizer.batch_decode(draws.token_ids, skip_special_tokens=True)
+        log_phi = torch.tensor(trainer.potential(draws.token_ids, texts))
+        scores = trainer.score(prompt_ids, draws.token_ids)
+        log_q = scores.log_p if law == "p0" else scores.log_q
+        log_w = log_weights(scores.log_p, log_q, log_phi, scores.mask)
+        figures[law] = {
             "positive": log_phi.exp().mean().item(),
-            "log_z": (log_w.logsumexp(0) - math.log(count)).item(),
-            "ess": 1 / weights.square().sum().item() / count,
-            "kl": (log_w.logsumexp(0) - math.log(count) - log_w.mean()).item(),
-            "length": drawn.mask.sum(1).float().mean().item(),
-            "texts": [prompt + tokenizer.decode(row, skip_special_tokens=True) for row in drawn.token_ids()[:3]],
+            "ess": ess(log_w).item() / count,
+            "kl": (log_mean_exp(log_w) - log_w.mean()).item(),
+            "length": scores.mask.sum(1).float().mean().item(),
+            "texts": [prompt + text for text in texts[:3]],
         }
-    with torch.no_grad():
-        figures["loss"] = ctl_loss_of(model, tokenizer, potential, head, drawn).item()
+    figures["loss"] = ctl_loss(scores.log_psi, scores.log_p, log_q, log_phi, scores.mask).item()
     return figures
 
 
@@ -671,8 +676,8 @@ download. Both are made from nothing but a seed:
 
     python scripts/make_tiny.py
 
-which took {minutes:.0f} minutes with {threads} CPU threads, and gives the same losses on every run with the same
-versions and number of threads. This page is written by that command.
+gives the same losses on every run with the same versions and number of threads; `--head-only` makes the head anew for
+the model that is there. This page is written by that command.
 
 - **Corpus**: {reviews:,} reviews of {products} kinds of products, written by a grammar; about half of them are
   positive, and what a review ends with follows from what it says before.
@@ -683,8 +688,9 @@ versions and number of threads. This page is written by that command.
 - **Potential**: phi = p(positive), a logistic regression over token counts that is right on {accuracy:.1%} of unseen
   reviews. `models/tiny-reviews-positive/potential.json` holds `bias` and, for every token, one of `weights`:
   phi = sigmoid(bias + the sum of the weights of the output's tokens).
-- **Twist head**: `{head_type}`, trained by CTL in {twist_steps} steps of {twist_batch} outputs of at most {max_tokens}
-  tokens, Adam at {learning_rate:g}; stored in bfloat16.
+- **Twist head**: `{head_type}`, trained by CTL in {twist_steps} updates on {twist_batch} outputs of at most
+  {max_tokens} tokens, which the engine drew with the head as it was; Adam at {learning_rate:g},
+  {threads} CPU thread(s); stored in bfloat16.
 
 The prompts are the first words of a review, such as "I bought this" or "After two weeks".
 
@@ -705,10 +711,28 @@ the target, KL(p0 || target) or KL(q || target), in nats.
 
 ## Samples
 
-The first three outputs of each, not picked, p0 and q with the same random numbers.
+The first three outputs of each, not picked, p0 and q from the same seed.
 
 {texts}
 """
+
+
+def make_base(args: argparse.Namespace, base_folder: Path, head_folder: Path) -> dict:
+    """Write the language model and the potential; return what there is to tell of their training."""
+    rng = random.Random(args.seed)
+    tokenizer = make_tokenizer([Review(rng).write() for _ in range(20_000)])
+    model = make_model(tokenizer)
+    losses = train_model(model, tokenizer, rng, args.steps)
+    save_model(model, tokenizer, base_folder)
+    potential, accuracy = train_potential(tokenizer, rng)
+    head_folder.mkdir(parents=True, exist_ok=True)
+    potential.save(head_folder / "potential.json")
+    return {
+        "reviews": args.steps * BATCH,
+        "lm_start": losses[0],
+        "lm_end": mean(losses[-50:]),
+        "accuracy": accuracy,
+    }
 
 
 def main() -> None:
@@ -717,57 +741,42 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "tiny-model.md", help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
-    parser.add_argument("--twist-steps", type=int, default=400, help="steps of the twist head")
+    parser.add_argument("--twist-steps", type=int, default=500, help="updates of the twist head")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch; the losses depend on it")
+    parser.add_argument("--head-only", action="store_true", help="keep the language model and the potential")
     args = parser.parse_args()
 
-    began = time.perf_counter()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    rng = random.Random(args.seed)
     base_folder, head_folder = args.models / "tiny-reviews", args.models / "tiny-reviews-positive"
+    facts_path = head_folder / "facts.json"
+    facts = json.loads(facts_path.read_text()) if args.head_only else make_base(args, base_folder, head_folder)
 
-    tokenizer = make_tokenizer([Review(rng).write() for _ in range(20_000)])
-    model = make_model(tokenizer)
-    parameters = model.num_parameters() / 1e6
-    lm_losses = train_model(model, tokenizer, rng, args.steps)
-    model = save_model(model, tokenizer, base_folder)
-
-    potential, accuracy = train_potential(tokenizer, rng)
-    shape = TwistHeadConfig(HEAD_TYPE, model.config.hidden_size, len(tokenizer))
-    head = TwistHead.create(shape, seed=args.seed)
-    fresh = TwistHead.create(shape, seed=args.seed)
-    train_ctl(
-        model, tokenizer, potential, PROMPTS, head,
-        steps=args.twist_steps, batch_size=TWIST_BATCH, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE,
-        seed=args.seed, progress=lambda steps: tqdm(steps, "twist head"),
-    )  # fmt: skip
-    head.to(torch.bfloat16).save_pretrained(head_folder)
-    head = TwistHead.from_pretrained(head_folder)  # as saved, in float32
-    potential.save(head_folder / "potential.json")
+    options = {"max_tokens": MAX_TOKENS, "particles": TWIST_BATCH, "lr": LEARNING_RATE, "seed": args.seed}
+    config = TrainingConfig(objective="ctl", head=HEAD_TYPE, updates=args.twist_steps, sampler="vllm", **options)
+    with TwistTrainer(base_folder, load_potential(head_folder), config) as trainer:
+        trainer.train(PROMPTS, progress=True)
+        trainer.head.to(torch.bfloat16).save_pretrained(head_folder)
+    facts_path.write_text(json.dumps(facts, indent=2) + "\n")
 
     count = 1000
-    start = [evaluate(model, tokenizer, potential, prompt, fresh, count, args.seed + 1)["loss"] for prompt in PROMPTS]
+    as_saved = TwistTrainer(base_folder, trainer.potential, config, head=TwistHead.from_pretrained(head_folder))
+    fresh = TwistTrainer(base_folder, trainer.potential, config)
+    start = [evaluate(fresh, prompt, count, args.seed + 1, ("q",))["loss"] for prompt in PROMPTS]
     figures = {
-        prompt: evaluate(model, tokenizer, potential, prompt, head, count, args.seed + 1)
-        for prompt in tqdm(PROMPTS + UNSEEN_PROMPTS, "figures")
+        prompt: evaluate(as_saved, prompt, count, args.seed + 1) for prompt in tqdm(PROMPTS + UNSEEN_PROMPTS, "figures")
     }
-    facts = {
-        "minutes": (time.perf_counter() - began) / 60,
-        "threads": args.threads,
+    facts |= {
         "products": len(PRODUCTS) + len(PLURALS),
-        "reviews": args.steps * BATCH,
-        "vocab": len(tokenizer),
-        "parameters": parameters,
-        "accuracy": accuracy,
+        "vocab": len(trainer.tokenizer),
+        "parameters": trainer.model.num_parameters() / 1e6,
         "sharpness": SHARPNESS,
         "head_type": HEAD_TYPE,
         "twist_steps": args.twist_steps,
         "twist_batch": TWIST_BATCH,
         "max_tokens": MAX_TOKENS,
         "learning_rate": LEARNING_RATE,
-        "lm_start": lm_losses[0],
-        "lm_end": mean(lm_losses[-50:]),
+        "threads": args.threads,
         "ctl_start": mean(start),
         "ctl_end": mean(figures[prompt]["loss"] for prompt in PROMPTS),
         "count": count,
