@@ -14,7 +14,7 @@ from vllm_twist.potentials import load_potential
 HEAD = "models/tiny-reviews-positive"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # an engine that is let go takes the state that vLLM shares between them with it
 def llm(repo_root: Path) -> Any:
     from vllm import LLM
 
