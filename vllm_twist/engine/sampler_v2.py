@@ -45,6 +45,7 @@ class TwistSampler(Sampler):
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         if self.fork is None:
+            self.found = self.drawn = None
             self._rehearse(logits)
         output = super().__call__(logits, input_batch)
         if self.drawn is not None and self.table.forks:
