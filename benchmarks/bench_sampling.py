@@ -23,6 +23,7 @@ import math
 import os
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Engine:
         return torch.tensor([list(completion.token_ids) for completion in output.outputs])
 
 
-class Transformers:
+class Transformers(ABC):
     """A Hugging Face model and the head, side by side; ``prompt`` [P] token ids."""
 
     def __init__(self, model: Any, head: TwistHead, prompt: list[int]) -> None:
@@ -87,9 +88,9 @@ class Transformers:
     def log_psi(self, hidden: Tensor) -> Tensor:
         return self.head(hidden, self.model.get_output_embeddings()).float()
 
+    @abstractmethod
     def log_q(self, tokens: Tensor, twisted: bool) -> Tensor:
         """Return log q [N] of given outputs [N, T], step by step in this side's own way."""
-        raise NotImplementedError
 
 
 class Generate(Transformers):
