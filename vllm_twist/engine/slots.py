@@ -242,8 +242,8 @@ class SlotTable:
         base = self.base_proposal[slots] if self._from_base[where].any() else None
         log_psi_q = log_psi if base is None else log_psi.masked_fill(base[:, None], 0.0)
         lse0, lse_psi = ops.twist_softmax(logits, log_psi_q, beta, scale, rows, **on)
-        before = self.lanes.log_psi[slots]
         if base is not None:
+            before = self.lanes.log_psi[slots]
             # The weight of the last token was complete when it was drawn: nothing is due.
             lse_psi = torch.where(base, lse0 + before, lse_psi)
         self.row_of.fill_(-1)
@@ -272,10 +272,10 @@ class SlotTable:
         if len(wanted):
             index = self._upload(wanted, torch.int64)
             parents = ancestors[index]
-            base = logits[parents if rows is None else rows[parents]].float()
+            log_p0 = logits[parents if rows is None else rows[parents]].float()
             if beta is not None:
-                base = base * beta[parents, None]
-            logprobs = lineage_logprobs(base - lse0[parents, None], token[index], int(counts.max()))
+                log_p0 = log_p0 * beta[parents, None]
+            logprobs = lineage_logprobs(log_p0 - lse0[parents, None], token[index], int(counts.max()))
         return Draw(token, ancestors, report, wanted, logprobs)
 
     @staticmethod
