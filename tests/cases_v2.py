@@ -90,7 +90,7 @@ def test_memory_is_measured_with_the_head(engine, wide: Tiny, monkeypatch: pytes
     twist = worker_of(llm).twist
     monkeypatch.setattr(twist.sampler, "fork", None)
     real = twist.readout.log_psi
-    monkeypatch.setattr(twist.readout, "log_psi", lambda: values.append(real()) or values[-1])
+    monkeypatch.setattr(twist.readout, "log_psi", lambda condition: values.append(real(condition)) or values[-1])
     worker_of(llm).model_runner._dummy_sampler_run(torch.randn(5, 64))
     assert [x.shape for x in values] == [(5, wide.vocab)]
 

@@ -38,6 +38,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The same with a conditional head."""
+    return random_model(tmp_path_factory.mktemp("conditional"), vocab=4, eos=1, conditional=True)
+
+
+@pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A random attention model over 40 tokens whose KV cache matters: for forks and long outputs."""
     return random_model(tmp_path_factory.mktemp("wide"), vocab=40, eos=1)

@@ -63,6 +63,8 @@ def _paths() -> list[Path_]:
         Path_("logprobs", "wide", 9, 1, {"max_tokens": 5, "logprobs": 3, "temperature": 0.8, **every}),
         Path_("two groups", "wide", 9, 1, {"max_tokens": 3, "n": 2}),
         Path_("penalties of forked histories", "wide", 5, 1, {"max_tokens": 8, "frequency_penalty": 0.9, **every}),
+        Path_("condition", "conditional", options={"max_tokens": 5, "twist_condition": [2, 3, 3], **every}),
+        Path_("condition of many blocks", "conditional", options={"max_tokens": 3, "twist_condition": [3, 2] * 40}),
         Path_("optimal twist", "bigram", 2, 1, {"max_tokens": 8}),
         Path_("one particle", options={"max_tokens": 5, "twist_particles": 1}),
     ]

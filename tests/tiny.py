@@ -33,11 +33,14 @@ class Tiny:
         with torch.no_grad():
             return self.model(torch.tensor(token_ids)).logits.log_softmax(-1)
 
-    def logits_and_log_psi(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def logits_and_log_psi(
+        self, token_ids: list[list[int]], condition: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return logits and log psi over the token that follows each sequence, both [N, V]."""
         with torch.no_grad():
             hidden = self.model.model(torch.tensor(token_ids)).last_hidden_state[:, -1]
-            return self.model.lm_head(hidden), self.head(hidden, self.model.lm_head)
+            given = None if condition is None else self.model.model(torch.tensor([condition])).last_hidden_state[0, -1]
+            return self.model.lm_head(hidden), self.head(hidden, self.model.lm_head, given)
 
 
 def _config(vocab: int, eos: int, **changes: Any) -> LlamaConfig:
@@ -67,7 +70,13 @@ def save(folder: Path, model: LlamaForCausalLM, head: TwistHead, **fields: Any) 
 
 
 def random_model(
-    folder: Path, vocab: int, eos: int, head_type: str = "linear", spread: float = 1.0, activation: str = "identity"
+    folder: Path,
+    vocab: int,
+    eos: int,
+    head_type: str = "linear",
+    spread: float = 1.0,
+    activation: str = "identity",
+    conditional: bool = False,
 ) -> Tiny:
     """Return a random model, its logits tempered so that no token is nearly certain, and a random head.
 
@@ -79,9 +88,10 @@ def random_model(
     with torch.no_grad():
         model.lm_head.weight *= 0.35
     rank = 8 if head_type in ("low_rank", "tied") else None
-    head = TwistHead.create(TwistHeadConfig(head_type, HIDDEN, vocab, rank, activation), seed=3)
+    head = TwistHead.create(TwistHeadConfig(head_type, HIDDEN, vocab, rank, activation, conditional), seed=3)
     tiny = Tiny(folder / "model", folder / "head", model, head, vocab, eos)
-    _, log_psi = tiny.logits_and_log_psi([[token, other] for token in range(vocab) for other in range(vocab)])
+    prefixes = [[token, other] for token in range(vocab) for other in range(vocab)]
+    _, log_psi = tiny.logits_and_log_psi(prefixes, [eos, 0] if conditional else None)
     last = {"linear": "weight", "mlp": "layers.2.weight", "low_rank": "up", "tied": "up"}[head_type]
     with torch.no_grad():
         head.get_parameter(last).mul_(spread / log_psi.std())
@@ -176,6 +186,7 @@ def enumerate_law(
     horizon: int,
     *,
     scale: float = 1.0,
+    condition: list[int] | None = None,
     ends: tuple[int, ...] | None = None,
     bias: dict[int, float] | None = None,
     allowed: list[int] | None = None,
@@ -198,7 +209,7 @@ def enumerate_law(
     open_: dict[tuple[int, ...], float] = {(): 0.0}
     for step in itertools.count(1):
         prefixes = list(open_)
-        logits, log_psi = tiny.logits_and_log_psi([prompt + list(prefix) for prefix in prefixes])
+        logits, log_psi = tiny.logits_and_log_psi([prompt + list(prefix) for prefix in prefixes], condition)
         logits = logits + offsets
         if step <= min_tokens:
             logits[:, list(ends)] = -torch.inf

@@ -111,6 +111,7 @@ class RequestConfig:
         pinned: token ids of a continuation that particle 0 is held to, the others being resampled
             conditionally on it; its last token ends it. Around an exact sample of sigma, log_z is on
             average an upper bound of log Z (Zhao et al. 2024, Prop. 5.1).
+        condition: token ids of o_T, what a conditional head's twist and target depend on beside the prefix.
         trace: whether the result tells the group's life step by step.
     """
 
@@ -134,6 +135,9 @@ class RequestConfig:
     )
     pinned: tuple[int, ...] | None = _option(
         _token_ids, "continuation that one particle is held to", request_only=True, default=None
+    )
+    condition: tuple[int, ...] | None = _option(
+        _token_ids, "what a conditional twist head is given", request_only=True, default=None
     )
     trace: bool = _option(_flag, "return every step's ancestors and weights", request_only=True, default=False)
 
@@ -184,12 +188,14 @@ class TwistConfig:
         potential: where log phi of finished outputs is found (``load_potential``); without one
             phi is psi of the last token.
         potential_timeout: seconds that it may take for one group.
+        conditional: whether the head reads a condition; found out when the engine is configured.
     """
 
     head: str
     defaults: RequestConfig = field(default_factory=RequestConfig)
     potential: str | None = None
     potential_timeout: float = 60.0
+    conditional: bool = False
 
     def __post_init__(self) -> None:
         if self.potential is not None and (not isinstance(self.potential, str) or not self.potential):

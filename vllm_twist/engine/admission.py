@@ -30,11 +30,6 @@ def read_config(vllm_config: Any) -> TwistConfig:
 def check_head(config: TwistHeadConfig, model_config: Any) -> None:
     """Raise ValueError unless the engine can serve a head of this config beside the model."""
     check_fits(config, model_config.get_hidden_size(), model_config.get_vocab_size())
-    if config.conditional:
-        raise ValueError(
-            "`twist_head` must not be conditional, got a conditional head: requests cannot carry a condition yet; use "
-            "one that is not."
-        )
 
 
 def fit_length(
@@ -123,6 +118,35 @@ def check_pinned(pinned: tuple[int, ...], params: Any, max_tokens: int, vocab_si
         )
 
 
+def check_condition(condition: tuple[int, ...] | None, conditional: bool, max_model_len: int, vocab_size: int) -> None:
+    """Refuse a condition that the head does not take, or that the model cannot read.
+
+    Raises:
+        ValueError: it is missing, not asked for, leaves the vocabulary or does not fit the context.
+    """
+    name = f"`{PREFIX}_condition`"
+    if condition is None:
+        if conditional:
+            raise ValueError(
+                f"{name} is missing, got none, but the twist head is conditional: pass the token ids of o_T, or send "
+                "`twist`=0 for plain sampling."
+            )
+        return
+    if not conditional:
+        raise ValueError(
+            f"{name} needs a conditional twist head, got {len(condition)} token ids for one that is not: drop it, or "
+            "serve a conditional head."
+        )
+    if max(condition) >= vocab_size:
+        raise ValueError(
+            f"{name} must hold token ids below {vocab_size}, got {max(condition)}: use the model's tokenizer."
+        )
+    if len(condition) >= max_model_len:
+        raise ValueError(
+            f"{name} must have fewer than `max_model_len`={max_model_len} tokens, got {len(condition)}: shorten it."
+        )
+
+
 def _refuse(name: str, got: Any, remedy: str) -> None:
     raise ValueError(f"`{name}` is not supported together with a twist, got {got!r}: {remedy}.")
 
@@ -178,6 +202,8 @@ def admit(vllm_config: Any, request: Any) -> None:
                 f"`twist_particles` must be at most `max_num_seqs`={slots}, got {settings.particles}: lower it, "
                 "or start the engine with a larger `max_num_seqs`."
             )
+        model = vllm_config.model_config
+        check_condition(settings.condition, config.conditional, model.max_model_len, model.get_vocab_size())
         cache = vllm_config.cache_config
         engines = vllm_config.parallel_config.data_parallel_size
         prompt_len = len(request.prompt_token_ids)
@@ -185,15 +211,14 @@ def admit(vllm_config: Any, request: Any) -> None:
             prompt_len,
             params.max_tokens,
             settings.particles,
-            max_model_len=vllm_config.model_config.max_model_len,
+            max_model_len=model.max_model_len,
             block_size=cache.block_size,
             # One block is vLLM's null block.
             num_blocks=cache.num_gpu_blocks // engines - 1,
             share_prompt=bool(cache.enable_prefix_caching),
         )
         if settings.pinned is not None:
-            vocab_size = vllm_config.model_config.get_vocab_size()
-            check_pinned(settings.pinned, params, length - prompt_len, vocab_size)
+            check_pinned(settings.pinned, params, length - prompt_len, model.get_vocab_size())
     except ValueError as error:
         raise TwistValidationError(str(error)) from error
     params.extra_args = {**(params.extra_args or {}), GROUP_KEY: dataclasses.asdict(settings)}

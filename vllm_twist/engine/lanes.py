@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from vllm_twist.kernels import reference
 
 #: Key of a lane's ``LaneSpec`` in its ``SamplingParams.extra_args``.
 LANE_KEY = "twist_lane"
+#: Key of a request's own id in the same place, where its last hidden state is wanted: it computes a condition.
+CONDITION_KEY = "twist_condition_of"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class LaneSpec:
     ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
 
     ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
-    that lane 0 is held to.
+    that lane 0 is held to. ``condition`` is what a conditional head reads of o_T, float32 [H] as bytes.
     """
 
     lane_id: str
@@ -43,6 +46,7 @@ class LaneSpec:
     num_logprobs: int | None = None
     base_proposal: bool = False
     pinned: tuple[int, ...] | None = None
+    condition: bytes | None = None
     inverse_temperature: float = 1.0
     group_size: int = 0
     log_w: float = 0.0
@@ -57,15 +61,17 @@ class TwistStep:
 
     Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w``, ``log_p`` and
     ``log_psi`` hold for the particle each lane carries after the step; ``resampled`` says of each
-    lane whether its group did.
+    lane whether its group did. ``conditions`` holds the last hidden states, float32 [H] as bytes, of the
+    requests that ask for theirs, by request id.
     """
 
-    lane_ids: list[str]
-    ancestors: list[int]
-    log_w: list[float]
-    log_p: list[float]
-    log_psi: list[float]
-    resampled: list[bool]
+    lane_ids: list[str] = field(default_factory=list)
+    ancestors: list[int] = field(default_factory=list)
+    log_w: list[float] = field(default_factory=list)
+    log_p: list[float] = field(default_factory=list)
+    log_psi: list[float] = field(default_factory=list)
+    resampled: list[bool] = field(default_factory=list)
+    conditions: dict[str, bytes] = field(default_factory=dict)
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
 
     def forks(self) -> list[tuple[str, str]]:
@@ -144,6 +150,11 @@ class _Layout:
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
+        conditions = [spec.condition for spec in specs if spec.condition is not None]
+        self.conditions = None
+        if conditions:
+            values = np.stack([np.frombuffer(condition, np.float32) for condition in conditions])
+            self.conditions = torch.from_numpy(values).to(device)
         self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
         # Lane 0 of a group is its first member, unless it has ended.
         pinned = [spec.pinned is not None for spec in firsts]
@@ -235,6 +246,11 @@ class LaneTable:
             self.log_psi[layout.slots] = layout.log_psi
             self.log_p[layout.slots] = layout.log_p
             self._layout = None
+
+    @torch.inference_mode()
+    def conditions(self, rows: list[int], specs: list[LaneSpec]) -> Tensor | None:
+        """Return the lanes' conditions [L, H], None if they have none."""
+        return self._lay_out(rows, specs).conditions
 
     @torch.inference_mode()
     def step(self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi: Tensor) -> TwistStep:

@@ -12,18 +12,23 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, LaneTable, TwistStep
+from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, LaneTable, TwistStep
 
 
 def _lane_spec(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> LaneSpec | None:
     return (params.extra_args or {}).get(LANE_KEY)
 
 
+def _condition_id(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> str | None:
+    return (params.extra_args or {}).get(CONDITION_KEY)
+
+
 class TwistLogitsProcessor(LogitsProcessor):
     """Draw the tokens of all lanes in the batch and leave every other row alone.
 
-    The worker attaches ``log_psi_of`` (log twist values of the lanes found last) and ``is_partial`` (whether
-    a row belongs to an unfinished prefill, whose logits mean nothing), and takes ``last_step``.
+    The worker attaches ``log_psi_of`` (log twist values of the lanes found last, given their conditions) and
+    ``is_partial`` (whether a row belongs to an unfinished prefill, whose logits mean nothing), and takes
+    ``last_step``. ``conditions`` are requests that compute a condition: their ids by row.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -31,7 +36,8 @@ class TwistLogitsProcessor(LogitsProcessor):
         self.specs: dict[int, LaneSpec] = {}
         self.rows: list[int] = []
         self.found: list[int] = []
-        self.log_psi_of: Callable[[], Tensor] | None = None
+        self.conditions: dict[int, str] = {}
+        self.log_psi_of: Callable[[Tensor | None], Tensor] | None = None
         self.is_partial: Callable[[int], bool] = lambda row: False
         self.last_step: TwistStep | None = None
 
@@ -47,17 +53,23 @@ class TwistLogitsProcessor(LogitsProcessor):
             self.rows = sorted(self.specs)
             for spec in self.specs.values():
                 self.table.add(spec)
+        process_dict_updates(self.conditions, batch_update, _condition_id)
 
     def find_lanes(self) -> list[int]:
         """Return the rows of the lanes that draw in the batch whose logits are about to be made."""
         self.found = [row for row in self.rows if not self.is_partial(row)]
         return self.found
 
+    def find_conditions(self) -> dict[int, str]:
+        """Return the ids, by row, of the requests of that batch whose last hidden state is a condition."""
+        return {row: name for row, name in self.conditions.items() if not self.is_partial(row)}
+
     def apply(self, logits: Tensor) -> Tensor:
         self.last_step = None
         if self.found and self.log_psi_of is not None:
             specs = [self.specs[row] for row in self.found]
-            self.last_step = self.table.step(logits, self.found, specs, self.log_psi_of())
+            log_psi = self.log_psi_of(self.table.conditions(self.found, specs))
+            self.last_step = self.table.step(logits, self.found, specs, log_psi)
         return logits
 
     def take_step(self) -> TwistStep | None:

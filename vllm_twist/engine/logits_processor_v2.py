@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from vllm_twist.engine.lanes import LANE_KEY
+from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,9 @@ class TwistLogitsProcessorV2(LogitsProcessor):
         self.table = SlotTable(req_states.max_num_reqs, req_states.device)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        spec = (sampling_params.extra_args or {}).get(LANE_KEY)
+        extra = sampling_params.extra_args or {}
+        self.table.is_condition[req_idx] = CONDITION_KEY in extra
+        spec = extra.get(LANE_KEY)
         if spec is not None:
             eos = sampling_params.eos_token_id
             self.table.add(req_idx, spec, [*(sampling_params.stop_token_ids or ()), *(() if eos is None else (eos,))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from vllm_twist.config import PREFIX, TwistConfig, engine_options
@@ -107,7 +108,9 @@ def configure(vllm_config: Any, twist: TwistConfig) -> None:
             f"`twist_head` supports the CPU and CUDA workers of vLLM, this platform uses {parallel.worker_cls!r}: "
             "serve on one of these."
         )
-    check_head(load_config(twist.head), model)
+    head = load_config(twist.head)
+    check_head(head, model)
+    twist = dataclasses.replace(twist, conditional=head.conditional)
     # The workers load it again; here its errors still reach the one who starts the engine.
     TwistHead.from_pretrained(twist.head, dtype=model.dtype)
     if twist.potential is not None:

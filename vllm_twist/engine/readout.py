@@ -17,21 +17,28 @@ Rows = Tensor | slice | None
 class Readout:
     """Read log psi off the hidden states that the model's LM head sees.
 
-    Replaces ``model.compute_logits`` by one that keeps the hidden states of the lanes' rows. A tied
-    head's rows go through the LM head together with the model's own, in one product.
+    Replaces ``model.compute_logits`` by one that keeps the hidden states of the lanes' rows, and of
+    those that are conditions. A tied head's rows go through the LM head together with the model's own, in
+    one product.
+
+    ``find`` gives the rows of both kinds in the batch that has been run: once a step, for vLLM also reads
+    other hidden states out (of prompts whose logprobs are wanted), after the step's own.
     """
 
-    def __init__(self, model: nn.Module, head: TwistHead, lane_rows: Callable[[], Rows]) -> None:
+    def __init__(self, model: nn.Module, head: TwistHead, find: Callable[[], tuple[Rows, Rows]]) -> None:
         self.head = head
-        self.lane_rows = lane_rows
+        self.find = find
         self.compute_logits: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
         self.hidden: Tensor | None = None
+        #: Hidden states that are conditions [C, H].
+        self.conditions: Tensor | None = None
         self.tied: Tensor | None = None
         model.compute_logits = self  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        rows = self.lane_rows()
+        rows, conditions = self.find()
         self.hidden = self.tied = None
+        self.conditions = None if conditions is None else hidden[conditions].float()
         if rows is None:
             return self.compute_logits(hidden, *args, **kwargs)
         self.hidden = hidden[rows]
@@ -43,9 +50,12 @@ class Readout:
         self.tied = both[len(hidden) :]
         return both[: len(hidden)]
 
-    def log_psi(self) -> Tensor:
-        """Return log psi of every next token for the lanes of the last forward pass, [L, V]."""
+    def log_psi(self, condition: Tensor | None = None) -> Tensor:
+        """Return log psi of every next token for the lanes of the last forward pass, [L, V].
+
+        ``condition`` [L, H] is what a conditional head reads beside their hidden states.
+        """
         if self.tied is not None:
             return self.head.activate(self.tied)
         assert self.hidden is not None, "log_psi before a forward pass"
-        return self.head(self.hidden)
+        return self.head(self.hidden, condition=condition)

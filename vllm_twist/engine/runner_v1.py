@@ -8,6 +8,7 @@ import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from vllm_twist.engine.lanes import TwistStep
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
 from vllm_twist.engine.readout import Readout, Rows
 from vllm_twist.twist import TwistHead
@@ -20,16 +21,27 @@ class RunnerV1:
         self.runner = runner
         self.processor = next(p for p in runner.input_batch.logitsprocs.all if isinstance(p, TwistLogitsProcessor))
         self.table = self.processor.table
-        self.readout = Readout(runner.get_model(), head, self._lane_rows)
+        self.readout = Readout(runner.get_model(), head, self._find)
+        #: Whether the logits of the step under way are yet to be made.
+        self.due = False
+        self.condition_ids: list[str] = []
         self.processor.log_psi_of = self.readout.log_psi
         self.processor.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
 
-    def _lane_rows(self) -> Rows:
-        rows = self.processor.find_lanes()
+    def _find(self) -> tuple[Rows, Rows]:
+        if not self.due:
+            return None, None
+        self.due = False
+        lanes, conditions = self.processor.find_lanes(), self.processor.find_conditions()
+        self.condition_ids = list(conditions.values())
+        return self._index(lanes), self._index(list(conditions))
+
+    def _index(self, rows: list[int]) -> Rows:
         return torch.tensor(rows, device=self.table.device) if rows else None
 
     def begin(self, scheduler_output: Any) -> None:
         """Free the state of lanes that are no more."""
+        self.due = True
         self.table.release(scheduler_output.finished_req_ids)
 
     def before_sampling(self) -> None:
@@ -38,6 +50,12 @@ class RunnerV1:
     def after_sampling(self, output: Any) -> Any:
         """Fork as the step has decided, and attach it to the output."""
         step = self.processor.take_step()
+        if self.condition_ids:
+            step = step or TwistStep()
+            assert self.readout.conditions is not None
+            states = self.readout.conditions.cpu().numpy()
+            step.conditions = {name: state.tobytes() for name, state in zip(self.condition_ids, states, strict=True)}
+            self.condition_ids = []
         if step is not None:
             forks = step.forks()
             if forks:

@@ -20,15 +20,20 @@ class RunnerV2:
         self.runner = runner
         processor = next(p for p in runner.sampler.logits_processors if isinstance(p, TwistLogitsProcessorV2))
         self.table = processor.table
-        self.readout = Readout(runner.get_model(), head, self._lane_rows)
+        self.readout = Readout(runner.get_model(), head, self._find)
+        #: Whether the logits of the step under way are yet to be made.
+        self.due = False
         self.sampler = runner.sampler = TwistSampler(runner.sampler, self.table, self.readout)
         runner.aux_output_connector = StepOutputs(self.sampler, reports=get_tp_group().is_first_rank)
 
-    def _lane_rows(self) -> Rows:
+    def _find(self) -> tuple[Rows, Rows]:
         if self.sampler.fork is None:
-            return slice(None)  # no request yet: the runner measures itself
+            return slice(None), None  # no request yet: the runner measures itself
+        if not self.due:
+            return None, None
+        self.due = False
         found = self.sampler.found
-        return None if found is None else slice(None) if found.rows is None else found.rows
+        return None if found is None else slice(None) if found.rows is None else found.rows, self.sampler.conditions
 
     def begin(self, scheduler_output: Any) -> None:
         """Forget lanes that are no more, before the runner gives their slots away."""
@@ -42,6 +47,7 @@ class RunnerV2:
         state = self.runner.execute_model_state
         if state is not None:
             self.sampler.find_lanes(state.input_batch)
+            self.due = True
 
     def after_sampling(self, output: Any) -> Any:
         """Return the output as it is: the step travels in it."""

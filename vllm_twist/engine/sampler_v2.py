@@ -36,12 +36,19 @@ class TwistSampler(Sampler):
         self.fork: Fork | None = None
         self.found: LaneRows | None = None
         self.drawn: Draw | None = None
+        #: Rows whose hidden states are conditions [C], and the same on the host.
+        self.conditions: Tensor | None = None
+        self.conditions_np: np.ndarray = np.empty(0, dtype=np.int64)
 
     def find_lanes(self, input_batch: InputBatch) -> None:
         """Look up the lanes of a batch before its logits are made; unfinished prefills are none yet."""
         partial = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens < input_batch.prefill_len_np
         self.drawn = None
         self.found = self.table.find(input_batch.idx_mapping, input_batch.idx_mapping_np, partial)
+        self.conditions_np = self.table.find_conditions(input_batch.idx_mapping_np, partial)
+        self.conditions = None
+        if len(self.conditions_np):
+            self.conditions = async_tensor_h2d(self.conditions_np, self.table.device, torch.int64)
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         if self.fork is None:
@@ -58,7 +65,8 @@ class TwistSampler(Sampler):
 
         It sizes the KV cache by what such runs take, which must include the values of the head.
         """
-        log_psi = self.readout.log_psi()
+        # Any condition will do: the hidden states themselves.
+        log_psi = self.readout.log_psi(self.readout.hidden if self.readout.head.config.conditional else None)
         lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
         keys = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
@@ -79,7 +87,8 @@ class TwistSampler(Sampler):
                 processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, use_fused_sampler
             )
         processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
-        self.drawn = self.table.step(processed_logits, found, self.readout.log_psi())
+        log_psi = self.readout.log_psi(self.table.conditions_of(found))
+        self.drawn = self.table.step(processed_logits, found, log_psi)
         if found.rows is None:
             return self.drawn.token, processed_logits
         sampled = torch.empty_like(expanded_idx_mapping, dtype=torch.int64)
@@ -111,10 +120,14 @@ class StepOutputs:
         """Do nothing: a step's lanes are known from its batch."""
 
     def prepare_output(self, input_batch: InputBatch) -> StepOutput | None:
-        drawn, found = self.sampler.drawn, self.sampler.found
-        if drawn is None or found is None or not self.reports:
+        if not self.reports:
             return None
-        return StepOutput(input_batch.req_ids, found, drawn, self.sampler.table.num_logprobs(found)[drawn.wanted])
+        drawn, found, rows = self.sampler.drawn, self.sampler.found, self.sampler.conditions_np
+        conditions = [input_batch.req_ids[row] for row in rows], self.sampler.readout.conditions
+        if drawn is None or found is None:
+            return StepOutput(input_batch.req_ids, *conditions) if len(rows) else None
+        wanted = self.sampler.table.num_logprobs(found)[drawn.wanted]
+        return StepOutput(input_batch.req_ids, *conditions, found, drawn, wanted)
 
     def close(self) -> None:
         """Do nothing: no resource is held."""
@@ -125,21 +138,33 @@ class StepOutput:
     """One step on its way to the host."""
 
     req_ids: list[str]
-    found: LaneRows
-    drawn: Draw
-    num_logprobs: np.ndarray
+    condition_ids: list[str]
+    conditions: Tensor | None
+    found: LaneRows | None = None
+    drawn: Draw | None = None
+    num_logprobs: np.ndarray | None = None
     report: np.ndarray | None = None
     logprobs: tuple[np.ndarray, ...] = ()
+    states: np.ndarray | None = None
 
     def enqueue_cpu_copy(self, num_sampled: np.ndarray, num_rejected: np.ndarray) -> None:
         """Enqueue the copies; called by the runner on its output stream."""
+        if self.conditions is not None:
+            self.states = async_copy_to_np(self.conditions)
+        if self.drawn is None:
+            return
         self.report = async_copy_to_np(self.drawn.report)
         if self.drawn.logprobs is not None:
             self.logprobs = tuple(async_copy_to_np(x) for x in self.drawn.logprobs)
 
     def process_output(self) -> TwistStep:
         """Return the step, once the copies are done."""
-        assert self.report is not None
+        conditions = {}
+        if self.states is not None:
+            conditions = {name: s.tobytes() for name, s in zip(self.condition_ids, self.states, strict=True)}
+        if self.drawn is None:
+            return TwistStep(conditions=conditions)
+        assert self.report is not None and self.found is not None and self.num_logprobs is not None
         ancestors, log_w, log_p, log_psi, resampled = self.report
         lane_ids = [self.req_ids[row] for row in self.found.rows_np]
         logprobs = {}
@@ -154,5 +179,6 @@ class StepOutput:
             log_p=log_p.tolist(),
             log_psi=log_psi.tolist(),
             resampled=(resampled != 0).tolist(),
+            conditions=conditions,
             logprobs=logprobs,
         )

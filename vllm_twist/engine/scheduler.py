@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -24,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_twist.config import RequestConfig
 from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params, read_config
 from vllm_twist.engine.groups import Group, Lane
-from vllm_twist.engine.lanes import LANE_KEY, LaneSpec, TwistStep
+from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
@@ -80,6 +81,8 @@ class TwistSchedulerMixin(_Base):
         self.group_of: dict[str, Group] = {}
         #: Requests not yet handed to the base scheduler; a group is represented by its leader.
         self.staged = create_request_queue(self.policy)
+        #: Requests that compute a condition, by id, with the group that waits for it; None once it has it.
+        self.reading: dict[str, Group | None] = {}
         #: Final outputs made between steps.
         self.ready: list[tuple[int, EngineCoreOutput]] = []
         #: Evaluates phi for groups whose particles have all ended; they are no longer in ``groups``.
@@ -128,7 +131,41 @@ class TwistSchedulerMixin(_Base):
         group.lanes[group.id] = Lane(request)
         self.groups[group.id] = group
         self.requests[group.id] = request
-        self.staged.add_request(request)
+        if settings.condition is None:
+            self.staged.add_request(request)
+        else:
+            self._read_condition(group, settings.condition)
+
+    def _read_condition(self, group: Group, condition: tuple[int, ...]) -> None:
+        """Let a plain request compute o_T; the group is staged when the worker sends back its last hidden state."""
+        leader = group.leader
+        request_id = _condition_id(group)
+        # Greedy: it must take nothing from the generator that unseeded requests share.
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={CONDITION_KEY: request_id})
+        self.reading[request_id] = group
+        self.staged.add_request(
+            Request(
+                request_id=request_id,
+                prompt_token_ids=list(condition),
+                sampling_params=params,
+                pooling_params=None,
+                client_index=leader.client_index,
+                arrival_time=leader.arrival_time,
+                cache_salt=leader.cache_salt,
+                priority=leader.priority,
+                trace_headers=leader.trace_headers,
+                block_hasher=leader._block_hasher,
+            )
+        )
+
+    def _take_conditions(self, step: TwistStep) -> None:
+        for request_id, state in step.conditions.items():
+            group = self.reading.get(request_id)
+            if group is not None:
+                self.reading[request_id] = None
+                extra = group.leader.sampling_params.extra_args
+                extra[LANE_KEY] = dataclasses.replace(extra[LANE_KEY], condition=state)
+                self.staged.add_request(group.leader)
 
     def _leader_params(self, group: Group, params: Any) -> Any:
         """Return the leader's sampling parameters: what draws its tokens moves into its spec.
@@ -189,11 +226,12 @@ class TwistSchedulerMixin(_Base):
     ) -> dict[int, EngineCoreOutputs]:
         step = model_runner_output.aux_output_connector_output
         if isinstance(step, TwistStep):
+            self._take_conditions(step)
             self._mirror(step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.scorer:
             self._take_scores()
-        if self.groups or self.ready:
+        if self.groups or self.ready or self.reading:
             self._collect(outputs)
         return outputs
 
@@ -523,6 +561,11 @@ class TwistSchedulerMixin(_Base):
             kept = []
             for output in batch.outputs:
                 group = self.group_of.get(output.request_id)
+                if output.request_id in self.reading:
+                    if output.finish_reason is not None:
+                        del self.reading[output.request_id]
+                        (batch.finished_requests or set()).discard(output.request_id)
+                    continue
                 if group is None:
                     kept.append(output)
                     continue
@@ -610,6 +653,11 @@ class TwistSchedulerMixin(_Base):
             self.staged.remove_requests([group.leader])
         self._cancel_copies([lane.request for lane in group.live_lanes()])
         live = [lane.request.request_id for lane in group.live_lanes()]
+        condition_id = _condition_id(group)
+        if condition_id in self.reading:
+            del self.reading[condition_id]
+            self.staged.remove_requests([request for request in self.staged if request.request_id == condition_id])
+            live.append(condition_id)
         super().finish_requests(live, status)
         if self.finished_req_ids_dict is not None:
             finished = self.finished_req_ids_dict[group.leader.client_index]
@@ -633,7 +681,7 @@ class TwistSchedulerMixin(_Base):
                 self._drop(group, finished_status)
                 finished.append(group.leader)
                 # Its other lanes went with it.
-                wanted.difference_update(group.lanes)
+                wanted.difference_update((*group.lanes, _condition_id(group)))
             elif self.scorer is not None and (group := self.scorer.cancel(request_id)) is not None:
                 group.leader.status = finished_status
                 finished.append(group.leader)
@@ -654,6 +702,11 @@ class TwistSchedulerMixin(_Base):
 
     def has_finished_requests(self) -> bool:
         return bool(self.ready) or bool(self.scorer) or super().has_finished_requests()
+
+
+def _condition_id(group: Group) -> str:
+    """Return the id of the request that computes the group's condition."""
+    return f"{group.id}/condition"
 
 
 def _length(request: Request) -> int:

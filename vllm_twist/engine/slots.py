@@ -81,6 +81,8 @@ class SlotTable:
         self.base_proposal = zeros(torch.bool)
         #: What pinned lanes are held to, by position; -1 in other slots and past the end.
         self.pinned = zeros(torch.int64, 1) - 1
+        #: What a conditional head reads beside the prefix, float32 [slots, H]; None before the first such lane.
+        self.conditions: Tensor | None = None
         self.row_of = zeros(torch.int32)
         self.order = torch.arange(num_slots, dtype=torch.int32, device=device)
         self.groups: reference.Groups | None = None
@@ -90,6 +92,8 @@ class SlotTable:
         # The host's side. Slots by lane id, groups (rows of the arrays below) by group id.
         self.slots: dict[str, int] = {}
         self.is_lane = np.zeros(num_slots, dtype=bool)
+        #: Which requests compute a condition.
+        self.is_condition = np.zeros(num_slots, dtype=bool)
         self._seat: dict[str, tuple[str, int]] = {}
         self._group_rows: dict[str, int] = {}
         self._free_rows = list(range(num_slots - 1, -1, -1))
@@ -192,6 +196,12 @@ class SlotTable:
             self.pinned, width = torch.nn.functional.pad(self.pinned, (0, longest - width), value=-1), longest
         write(self.pinned, [[*tokens, *([-1] * (width - len(tokens)))] for tokens in held])
         write(self.inverse_temperature, [spec.inverse_temperature for spec in specs])
+        conditions = [spec.condition for spec in specs if spec.condition is not None]
+        if conditions:
+            values = np.stack([np.frombuffer(condition, np.float32) for condition in conditions])
+            if self.conditions is None:
+                self.conditions = torch.zeros(self.num_slots, values.shape[1], device=self.device)
+            write(self.conditions, values)
         self._staged.clear()
 
     def _lay_out(self) -> None:
@@ -225,6 +235,14 @@ class SlotTable:
             return LaneRows(None, rows_np, idx_mapping, idx_mapping_np)
         rows = self._upload(rows_np, torch.int64)
         return LaneRows(rows, rows_np, idx_mapping[rows], idx_mapping_np[rows_np])
+
+    def find_conditions(self, idx_mapping_np: np.ndarray, partial: np.ndarray) -> np.ndarray:
+        """Return the rows of a batch whose last hidden states are conditions, on the host; see ``find``."""
+        return np.flatnonzero(self.is_condition[idx_mapping_np] & ~partial)
+
+    def conditions_of(self, found: LaneRows) -> Tensor | None:
+        """Return what a conditional head reads beside the lanes' hidden states, [L, H]."""
+        return None if self.conditions is None else self.conditions[found.slots]
 
     @torch.inference_mode()
     def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor) -> Draw:

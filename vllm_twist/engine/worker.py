@@ -39,6 +39,13 @@ class TwistWorkerMixin(_Base):
         model_config = self.vllm_config.model_config
         loaded = TwistHead.from_pretrained(head, dtype=model_config.dtype)  # type: ignore[arg-type]
         check_head(loaded.config, model_config)
+        conditional = read_config(self.vllm_config).conditional
+        if loaded.config.conditional != conditional:
+            kinds = {True: "conditional", False: "not conditional"}
+            raise ValueError(
+                f"`twist_head` {head!r} is {kinds[not conditional]}, the engine was started with one that is "
+                f"{kinds[conditional]}: start another engine for it."
+            )
         return loaded.requires_grad_(False).to(self.device)
 
     def load_twist_head(self, head: str) -> None:
