@@ -607,6 +607,23 @@ def test_learning_with_the_engine(small: Tiny, sampler: Any, positives: str):
     assert after[0] < before[0] / 2 and after[1] < before[1] / 2, (before, after)
 
 
+def test_infilling_with_the_engine(bigram: Tiny):
+    """Conditions and their exact samples, and draws of a conditional head, from the engine: what it weighs is what
+    the trainer computes, and the loss falls."""
+    options = {"condition_tokens": 1, "max_tokens": 2, "particles": 16, "prompts_per_update": 6, "head": "mlp"}
+    with make(bigram, None, sampler="vllm", engine_args=ENGINE_ARGS, updates=25, lr=0.01, **options) as trainer:
+        history = trainer.train([(0,)])
+        assert sum(m["loss"] for m in history[-5:]) < sum(m["loss"] for m in history[:5])
+        requests = [DrawRequest((0,), 16, "q", 3, 2, condition) for condition in ((2,), (3, 4))]
+        trainer.sampler.set_head(trainer.head)
+        for request, draws in zip(requests, trainer.sampler.sample(requests), strict=True):
+            found = torch.tensor(draws.log_w).log_softmax(0)
+            by_condition = [towards_psi(trainer.score((0,), draws.token_ids, o)).log_softmax(0) for o in ((2,), (3, 4))]
+            own = by_condition.pop(requests.index(request))
+            torch.testing.assert_close(found, own, atol=2e-4, rtol=0)
+            assert (found - by_condition[0]).abs().max() > 0.01
+
+
 def test_a_resumed_run_with_an_engine_of_its_own(small: Tiny, tmp_path: Path):
     """Six updates are three and three more, bit for bit, each run starting an engine."""
     runs = []
@@ -641,7 +658,6 @@ def test_a_resumed_run_with_an_engine_of_its_own(small: Tiny, tmp_path: Path):
         ({"sampler": "vlm"}, r"`sampler` must be one of auto, vllm, transformers, got 'vlm' \(did you mean 'vllm'"),
         ({"attention": "flash"}, "`attention` must be one of sdpa, eager, flash_attention_2, xformers, got 'flash'"),
         ({"dtype": "int8"}, "`dtype` must be one of auto, float32"),
-        ({"sampler": "vllm", "condition_tokens": 2}, "`sampler` must not be vllm with `condition_tokens`"),
         ({"proposal_only": 3}, "`proposal_only` must be 0 or 1"),
     ],
 )

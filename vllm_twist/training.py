@@ -465,8 +465,7 @@ class TwistTrainer:
             return
         name = self.config.sampler
         if name == "auto":
-            engine = importlib.util.find_spec("vllm") and not self.config.condition_tokens
-            name = "vllm" if engine else "transformers"
+            name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         if name == "transformers":
             self.sampler = TransformersSampler(self.model, self.end_ids)
             return

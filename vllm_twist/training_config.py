@@ -65,7 +65,7 @@ class TrainingConfig:
     )
     sampler: str = _option(
         _one_of(SAMPLERS),
-        "what draws the sequences; auto: vllm where it is installed, but for infilling",
+        "what draws the sequences; auto: vllm where it is installed",
         default="auto",
     )
     attention: str = _option(
@@ -86,11 +86,6 @@ class TrainingConfig:
             raise ValueError(
                 f"`positives` must be approximate for {self.objective}, which has none, got {self.positives!r}: drop "
                 "it, or use ctl, sixo or dpg."
-            )
-        if self.condition_tokens and self.sampler == "vllm":
-            raise ValueError(
-                "`sampler` must not be vllm with `condition_tokens`, for requests cannot carry a condition yet: pass "
-                "transformers or auto."
             )
         if self.condition_tokens and self.positives == "approximate" and self.objective in ("ctl", "sixo", "dpg"):
             # One exact sample comes with every condition.

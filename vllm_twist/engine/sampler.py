@@ -87,8 +87,6 @@ class EngineSampler:
         self.llm.collective_rpc("set_twist_head_weights", args=(save(state),))
 
     def sample(self, requests: Sequence[DrawRequest]) -> list[Draws]:
-        if any(request.condition is not None for request in requests):
-            raise ValueError("`condition` must be None, for the engine takes none yet: use the transformers sampler.")
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
             [self._parameters(request) for request in requests],
@@ -111,6 +109,8 @@ class EngineSampler:
                 "twist_ess_threshold": ESS_THRESHOLD if request.law == "smc" else 0.0,
                 "twist_return_particles": 1,
             }
+            if request.condition is not None:
+                extra["twist_condition"] = list(request.condition)
         return SamplingParams(
             n=request.count if request.law == "p0" else 1,
             temperature=1.0,
