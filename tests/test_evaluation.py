@@ -17,7 +17,7 @@ from tiny import Law, Tiny, enumerate_law
 from vllm_twist.bounds import Estimate
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table
-from vllm_twist.potentials import Constant, Function, Potential, Scaled, Sum, TokenLogistic
+from vllm_twist.potentials import Constant, Continuation, Function, Potential, Scaled, Sum, TokenLogistic
 
 HORIZON = 4
 
@@ -33,13 +33,15 @@ class Tokenizer:
     def __call__(self, text: str) -> Encoding:
         return Encoding(PROMPTS["below"])
 
+    eos_token_id = 1
+
     def batch_decode(self, token_ids: list[list[int]], **options: Any) -> list[str]:
         return [""] * len(token_ids)
 
 
 class WithTokenizer:
     def __init__(self, llm: Any) -> None:
-        self.generate = llm.generate
+        self.generate, self.llm_engine = llm.generate, llm.llm_engine
 
     def get_tokenizer(self) -> Tokenizer:
         return Tokenizer()
@@ -106,6 +108,72 @@ def test_numbers_equal_enumeration(engine: Any, small: Tiny) -> None:
 def base_divergence(law: Law) -> float:
     """Return KL(p0 || sigma)."""
     return law.log_z - sum(math.exp(p) * (law.log_target[s] - p) for s, p in law.log_p.items())
+
+
+def test_infilling_equals_enumeration(engine: Any, conditional: Tiny) -> None:
+    """Means over o_T of log Z(o_T) and KL(sigma || q), every o_T with an exact sample and bounds of its own."""
+    prompt, horizon = PROMPTS["below"], 2
+    starts = [[a, b] for a in (0, 2, 3) for b in (0, 2, 3)]  # an output that ends has phi = 0
+    rows = torch.tensor([prompt + start for start in starts])
+    following = conditional.log_p(rows.tolist()).double()
+    n = len(prompt)
+    log_p = following[:, n - 1 : n + 1].gather(2, rows[:, n:, None])[..., 0].sum(1)
+    joint = log_p[:, None] + following[:, -1]  # [s, o]
+    log_z = joint.logsumexp(0)
+    weight = log_z.softmax(0)
+    backward = []
+    for o in range(conditional.vocab):
+        log_q = torch.zeros(len(starts), dtype=torch.float64)
+        for t in range(horizon):
+            values = [conditional.logits_and_log_psi([prompt + start[:t]], [o]) for start in starts]
+            log_q += torch.stack(
+                [(a + b).double().log_softmax(-1)[0, s[t]] for (a, b), s in zip(values, starts, strict=True)]
+            )
+        log_sigma = joint[:, o] - log_z[o]
+        backward.append((log_sigma.exp() * (log_sigma - log_q)).sum())
+    config = EvaluationConfig(horizon, (32,), repeats=60, condition_tokens=1)
+    evaluator = Evaluator(WithTokenizer(engine(conditional)), None, config, conditional.model)
+    (found,) = evaluator.evaluate(["x"]).prompts
+    assert holds(found.log_z, float((weight * log_z).sum()))
+    assert holds(found.kl_sigma_q, float((weight * torch.stack(backward)).sum()))
+    assert found.kl_sigma_q is not None and found.kl_sigma_q.ci95 < found.kl_sigma_q.mean
+    many = next(row for row in found.rows if row.proposal == "twist")
+    assert many.sandwich is not None and many.sandwich.gap.mean < 1
+    mean, slack = float((weight * log_z).sum()), 4 / 1.96
+    assert many.lower is not None and many.lower.mean - slack * many.lower.ci95 < mean
+    assert many.upper is not None and mean < many.upper.mean + slack * many.upper.ci95
+    assert (
+        found.kl_q_sigma is None and found.reason and "KL(q||sigma): the proposal's sample had phi = 0" in found.reason
+    )
+    json.dumps(Evaluation([found], config).to_dict(), allow_nan=False)
+
+
+def test_infilling_needs_samples_that_go_on(engine: Any, conditional: Tiny) -> None:
+    config = EvaluationConfig(40, (1,), repeats=2, max_draws=50, condition_tokens=100)
+    (found,) = Evaluator(WithTokenizer(engine(conditional)), None, config, conditional.model).evaluate(["x"]).prompts
+    assert (
+        found.log_z is None and found.reason and "0 of 50 samples of p0 went on for 140 tokens; raise" in found.reason
+    )
+    with pytest.raises(
+        ValueError, match="`potential` must be given, or `condition_tokens` in its place, got None and 0"
+    ):
+        Evaluator(WithTokenizer(engine(conditional)), None, EvaluationConfig())
+    with pytest.raises(ValueError, match="`model` must be given with `condition_tokens`, got None"):
+        Evaluator(WithTokenizer(engine(conditional)), None, config)
+
+
+def test_a_fixed_continuation_is_the_condition(engine: Any, conditional: Tiny) -> None:
+    law = {}
+    for condition in ([2], [3, 2]):
+        config = EvaluationConfig(2, (4,), repeats=60, samples=2)
+        potential = Continuation(conditional.model, condition, eos_token_id=conditional.eos)
+        (found,) = Evaluator(WithTokenizer(engine(conditional)), potential, config).evaluate(["x"]).prompts
+        rows = [PROMPTS["below"] + [a, b] + condition for a in (0, 2, 3) for b in (0, 2, 3)]
+        log_p = conditional.log_p(rows).double()[:, len(PROMPTS["below"]) - 1 : -1]
+        tokens = torch.tensor(rows)[:, len(PROMPTS["below"]) :, None]
+        law[tuple(condition)] = float(log_p.gather(2, tokens).sum((1, 2)).logsumexp(0))
+        assert holds(found.log_z, law[tuple(condition)])
+    assert abs(law[2,] - law[3, 2]) > 0.5
 
 
 def test_without_a_bound_on_phi(engine: Any, small: Tiny) -> None:
@@ -228,9 +296,10 @@ def test_reweighing_is_by_particle(engine: Any, small: Tiny) -> None:
 
     config = EvaluationConfig(HORIZON, (4,), repeats=5, samples=2)
     llm = engine(small)
-    prompt = _Prompt(Evaluator(WithTokenizer(llm), PsiOfLast(), config), 0, "x")
-    params = [prompt._params("twist", 4, True, str(i)) for i in range(5)]
+    phi = PsiOfLast()
+    prompt = _Prompt(Evaluator(WithTokenizer(llm), phi, config), 0, "x")
+    params = [prompt._params("twist", 4, True, str(i), None, None) for i in range(5)]
     outputs = llm.generate([{"prompt_token_ids": PROMPTS["below"]}] * 5, params, use_tqdm=False)
     own = [results(output)[0].log_z for output in outputs]
-    assert prompt._log_z(params) == pytest.approx(own, abs=1e-4)
+    assert prompt._log_z(params, [phi] * 5) == pytest.approx(own, abs=1e-4)
     assert torch.tensor(own).std() > 0

@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, plot, table
-from vllm_twist.potentials import load_potential
+from vllm_twist.potentials import Potential, load_potential, reads_model
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -31,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--twist-head", required=True, help="folder or hub id of the head")
     parser.add_argument(
         "--potential",
-        required=True,
         help="log phi of outputs: module:attribute, path.py:attribute, a potential.json or a folder with one",
     )
     parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line")
@@ -46,6 +47,12 @@ def add_parser(subparsers: Any) -> None:
         ("log_phi_max", float, "an upper bound of log phi, for potentials that do not know their own"),
         ("ess_threshold", float, "resample when ESS falls below this times K, in the rows that do"),
         ("seed", int, "seed of everything random"),
+        (
+            "condition_tokens",
+            int,
+            "in place of a potential: measure infilling, outputs that so many given tokens follow; every repeat has "
+            "tokens of its own",
+        ),
     ):
         default = getattr(defaults, name)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -59,6 +66,22 @@ def add_parser(subparsers: Any) -> None:
         metavar="JSON",
         help="further arguments of vllm.LLM, such as '{\"tensor_parallel_size\": 2}'",
     )
+
+
+def _load(args: argparse.Namespace) -> tuple[Potential | None, Any]:
+    """Return the potential, if there is one, and the language model in transformers, if it takes part in phi."""
+    if args.potential is None:
+        if not args.condition_tokens:
+            raise ValueError("`--potential` is missing: name log phi, or pass `--condition-tokens` for infilling.")
+        return None, AutoModelForCausalLM.from_pretrained(args.model)
+    if args.condition_tokens:
+        raise ValueError(
+            f"`--potential` must not be given with `--condition-tokens`, got {args.potential!r}: drop one of the two."
+        )
+    if not reads_model(args.potential):
+        return load_potential(args.potential), None
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    return load_potential(args.potential, model=model, tokenizer=tokenizer), model
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`--prompts` {args.prompts} cannot be read ({error}): check the path.") from error
     if not prompts:
         raise ValueError(f"`--prompts` {args.prompts} must hold a prompt a line, got none: add one.")
-    potential = load_potential(args.potential)
+    potential, model = _load(args)
     for path in (args.json, args.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +110,9 @@ def run(args: argparse.Namespace) -> None:
     options = {"max_num_seqs": max(256, *config.particles), "seed": config.seed, **args.engine_args}
     llm = vllm.LLM(args.model, twist_head=args.twist_head, **options)
     try:
-        found = Evaluator(llm, potential, config).evaluate(prompts, lambda prompt: print(table(prompt), flush=True))
+        found = Evaluator(llm, potential, config, model).evaluate(
+            prompts, lambda prompt: print(table(prompt), flush=True)
+        )
     finally:
         llm.llm_engine.engine_core.shutdown()
     found = dataclasses.replace(

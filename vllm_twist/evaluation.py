@@ -20,6 +20,7 @@ from vllm_twist.bounds import (
     Estimate,
     Sandwich,
     Sequences,
+    ancestral,
     estimate,
     kl_q_sigma,
     kl_sigma_q,
@@ -28,7 +29,7 @@ from vllm_twist.bounds import (
     unbiased_log_z,
 )
 from vllm_twist.config import PROPOSALS
-from vllm_twist.potentials import Potential
+from vllm_twist.potentials import Continuation, Potential
 from vllm_twist.results import results
 
 
@@ -45,6 +46,9 @@ class EvaluationConfig:
         log_phi_max: an upper bound of log phi, for potentials that do not know their own.
         ess_threshold: rule of the rows that resample.
         seed: of everything random.
+        condition_tokens: measure infilling instead of a potential: outputs of ``max_tokens`` tokens that so many
+            given ones follow. Every repeat has a condition o_T of its own, drawn from p0 with an exact sample of what
+            comes before it; all results are means over o_T, and ``samples`` is not read.
     """
 
     max_tokens: int = 16
@@ -55,9 +59,11 @@ class EvaluationConfig:
     log_phi_max: float | None = None
     ess_threshold: float = 0.5
     seed: int = 0
+    condition_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("max_tokens", 1), ("repeats", 2), ("samples", 2), ("max_draws", 0)):
+        lows = {"max_tokens": 1, "repeats": 2, "samples": 2, "max_draws": 0, "condition_tokens": 0}
+        for name, low in lows.items():
             value = getattr(self, name)
             if value < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {value}: raise it.")
@@ -138,54 +144,95 @@ class Evaluator:
 
     The engine's own target is p0 psi_T; phi is put in the place of psi_T here, which needs no
     ``twist_potential`` in the engine and evaluates phi in large batches.
+
+    A conditional head is given the tokens of the potential's continuation, or with ``condition_tokens``
+    those of each repeat.
     """
 
-    def __init__(self, llm: Any, potential: Potential, config: EvaluationConfig) -> None:
+    def __init__(self, llm: Any, potential: Potential | None, config: EvaluationConfig, model: Any = None) -> None:
+        """Prepare to evaluate.
+
+        Args:
+            llm: a ``vllm.LLM`` with a twist head.
+            potential: log phi; None with ``condition_tokens``.
+            config: what to run.
+            model: with ``condition_tokens`` the same language model in transformers, for phi = p0(o_T | s).
+
+        Raises:
+            ValueError: parts that do not fit together.
+        """
         self.llm = llm
         self.config = config
         self.potential = potential
+        self.model = model
         self.tokenizer = llm.get_tokenizer()
+        if (potential is None) != bool(config.condition_tokens):
+            raise ValueError(
+                f"`potential` must be given, or `condition_tokens` in its place, got {potential!r} and "
+                f"{config.condition_tokens}: pass one of the two."
+            )
+        if config.condition_tokens and model is None:
+            raise ValueError("`model` must be given with `condition_tokens`, got None: pass the LM in transformers.")
 
     def evaluate(self, prompts: Iterable[str], report: Callable[[PromptEvaluation], None] | None = None) -> Evaluation:
         """Evaluate prompts one by one; ``report`` is called with each."""
         found = []
         for index, prompt in enumerate(prompts):
-            found.append(_Prompt(self, index, prompt).evaluate())
+            kind = _Infilling if self.config.condition_tokens else _Prompt
+            found.append(kind(self, index, prompt).evaluate())
             if report is not None:
                 report(found[-1])
         return Evaluation(found, self.config)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the engine's head reads a condition."""
+        from vllm_twist.engine.admission import read_config
+
+        return read_config(self.llm.llm_engine.vllm_config).conditional
 
     def texts(self, outputs: Sequences) -> list[str]:
         return self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
 
 
 class _Prompt:
+    """One prompt and one target."""
+
+    #: The twist-induced proposal itself: one particle.
+    Q = ("twist", 1, False)
+
     def __init__(self, evaluator: Evaluator, index: int, prompt: str) -> None:
         self.evaluator, self.index, self.prompt = evaluator, index, prompt
         self.config = evaluator.config
         self.prompt_ids = evaluator.tokenizer(prompt).input_ids
-        self.potential = evaluator.potential.given(self.prompt_ids, prompt)
 
-    def evaluate(self) -> PromptEvaluation:
-        config = self.config
-        exact, draws, reason = self._exact_samples(max(config.repeats, config.samples))
-        kinds = [
+    @property
+    def kinds(self) -> list[tuple[str, int, bool]]:
+        return [
             (proposal, particles, resample)
             for proposal in PROPOSALS
-            for particles in config.particles
+            for particles in self.config.particles
             for resample in (True, False)
         ]
+
+    def evaluate(self) -> PromptEvaluation:
+        config, kinds = self.config, self.kinds
+        assert self.evaluator.potential is not None
+        potential = self.evaluator.potential.given(self.prompt_ids, self.prompt)
+        exact, draws, reason = self._exact_samples(potential, max(config.repeats, config.samples))
+        condition = potential.continuation_ids if isinstance(potential, Continuation) else None
         # All groups at once: the engine packs them.
-        asked: list[tuple[Any, list[int] | None]] = []
+        asked: list[Any] = []
         for kind in kinds:
-            asked += [(self._params(*kind, f"lower {i}"), None) for i in range(config.repeats)]
+            asked += [self._params(*kind, f"lower {i}", None, condition) for i in range(config.repeats)]
             asked += [
-                (self._params(*kind, f"upper {i}", pinned), pinned) for i, pinned in enumerate(exact[: config.repeats])
+                self._params(*kind, f"upper {i}", pinned, condition) for i, pinned in enumerate(exact[: config.repeats])
             ]
-        q = ("twist", 1, False)
-        asked += [(self._params(*q, f"q {i}"), None) for i in range(config.samples)]
-        asked += [(self._params(*q, f"sigma {i}", pinned), pinned) for i, pinned in enumerate(exact[: config.samples])]
-        values = iter(self._log_z([params for params, _ in asked]))
+        asked += [self._params(*self.Q, f"q {i}", None, condition) for i in range(config.samples)]
+        asked += [
+            self._params(*self.Q, f"sigma {i}", pinned, condition) for i, pinned in enumerate(exact[: config.samples])
+        ]
+        values = iter(self._log_z(asked, [potential] * len(asked)))
 
         def take(count: int) -> list[float]:
             return [next(values) for _ in range(count)]
@@ -219,7 +266,13 @@ class _Prompt:
         )
 
     def _params(
-        self, proposal: str, particles: int, resample: bool, label: str, pinned: list[int] | None = None
+        self,
+        proposal: str,
+        particles: int,
+        resample: bool,
+        label: str,
+        pinned: list[int] | None,
+        condition: list[int] | None,
     ) -> Any:
         from vllm import SamplingParams
 
@@ -234,58 +287,142 @@ class _Prompt:
         }
         if pinned is not None:
             extra["twist_pinned"] = pinned
+        if condition is not None and self.evaluator.conditional:
+            extra["twist_condition"] = condition
         return SamplingParams(max_tokens=self.config.max_tokens, seed=seed, detokenize=False, extra_args=extra)
 
-    def _log_z(self, params: Sequence[Any]) -> list[float]:
-        """Return log Z-hat towards p0 phi of one group per entry of ``params``."""
+    def _log_z(self, params: Sequence[Any], potentials: Sequence[Potential]) -> list[float]:
+        """Return log Z-hat towards p0 phi of one group per entry of ``params``, each with its phi."""
         prompts = [{"prompt_token_ids": self.prompt_ids}] * len(params)
         outputs = self.evaluator.llm.generate(prompts, list(params), use_tqdm=False)
         groups = [results(output)[0] for output in outputs]
-        particles = [particle for group in groups for particle in group.particles or ()]
-        log_phi = iter(self._log_phi([particle.token_ids for particle in particles]))
+        of_potential: dict[int, list[Any]] = {}
+        for group, potential in zip(groups, potentials, strict=True):
+            of_potential.setdefault(id(potential), []).extend(p.token_ids for p in group.particles or ())
+        by_id = {id(potential): potential for potential in potentials}
+        log_phi = {key: iter(self._log_phi(by_id[key], outputs)) for key, outputs in of_potential.items()}
         values = []
-        for group in groups:
+        for group, potential in zip(groups, potentials, strict=True):
             # Back from normalised weights; phi in the place of psi.
             members = group.particles or []
-            log_w = [p.log_weight + group.log_z + next(log_phi) - p.log_psi for p in members]
+            log_w = [p.log_weight + group.log_z + next(log_phi[id(potential)]) - p.log_psi for p in members]
             values.append(float(torch.tensor(log_w, dtype=torch.float64).logsumexp(0)))
         return values
 
-    def _log_phi(self, outputs: Sequences) -> list[float]:
+    def _log_phi(self, potential: Potential, outputs: Sequences) -> list[float]:
         """Return log phi of outputs, each of them evaluated once."""
         distinct = {tuple(output): 0.0 for output in outputs}
         token_ids = [list(output) for output in distinct]
-        found = self.potential(token_ids, self.evaluator.texts(token_ids))
+        found = potential(token_ids, self.evaluator.texts(token_ids))
         distinct.update(zip(distinct, found, strict=True))
         return [distinct[tuple(output)] for output in outputs]
 
-    def _exact_samples(self, count: int) -> tuple[Sequences, int, str | None]:
+    def _exact_samples(self, potential: Potential, count: int) -> tuple[Sequences, int, str | None]:
         """Return exact samples of sigma by rejection, the draws that they took, and why there are fewer than two."""
         config = self.config
-        bound = self.potential.log_bound if config.log_phi_max is None else config.log_phi_max
+        bound = potential.log_bound if config.log_phi_max is None else config.log_phi_max
         if not math.isfinite(bound):
             return [], 0, "No exact samples, so no upper bounds: phi has no known bound; pass `--log-phi-max`."
         if config.max_draws == 0:
             return [], 0, "No exact samples, so no upper bounds: `--max-draws` is 0."
-        generator = torch.Generator().manual_seed(random.Random(f"{config.seed} {self.index} exact").getrandbits(62))
-
-        def draw(n: int) -> Sequences:
-            from vllm import SamplingParams
-
-            seed = int(torch.randint(2**62, (1,), generator=generator))
-            params = SamplingParams(
-                n=n, max_tokens=config.max_tokens, seed=seed, detokenize=False, extra_args={"twist": 0}
-            )
-            (output,) = self.evaluator.llm.generate([{"prompt_token_ids": self.prompt_ids}], params, use_tqdm=False)
-            return [list(choice.token_ids) for choice in output.outputs]
-
+        generator = self._generator()
         exact, draws = rejection(
-            draw, self._log_phi, bound, count=count, max_draws=config.max_draws, generator=generator
+            lambda n: self._draw(n, config.max_tokens, generator),
+            lambda outputs: self._log_phi(potential, outputs),
+            bound,
+            count=count,
+            max_draws=config.max_draws,
+            generator=generator,
         )
         if len(exact) < 2:
             rate = f"{len(exact)} of {draws} samples of p0 were accepted"
             return [], draws, f"No exact samples, so no upper bounds: {rate}; raise `--max-draws`."
         return exact, draws, None
+
+    def _generator(self) -> torch.Generator:
+        seed = random.Random(f"{self.config.seed} {self.index} exact").getrandbits(62)
+        return torch.Generator().manual_seed(seed)
+
+    def _draw(self, count: int, max_tokens: int, generator: torch.Generator) -> Sequences:
+        """Return samples of p0."""
+        from vllm import SamplingParams
+
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        params = SamplingParams(n=count, max_tokens=max_tokens, seed=seed, detokenize=False, extra_args={"twist": 0})
+        (output,) = self.evaluator.llm.generate([{"prompt_token_ids": self.prompt_ids}], params, use_tqdm=False)
+        return [list(choice.token_ids) for choice in output.outputs]
+
+
+class _Infilling(_Prompt):
+    """One prompt and a target per repeat: what comes before o_T, for an o_T of its own."""
+
+    def evaluate(self) -> PromptEvaluation:
+        """Compare bounds of the same o_T with each other, for log Z(o_T) varies far more than they do."""
+        config, kinds = self.config, self.kinds
+        pairs, draws = self._pairs(config.repeats)
+        if len(pairs) < 2:
+            reason = (
+                f"{len(pairs)} of {draws} samples of p0 went on for {config.max_tokens + config.condition_tokens} "
+                "tokens; raise `--max-draws`, or lower `--max-tokens` or `--condition-tokens`."
+            )
+            rows = [Row(*kind, None, None, reason) for kind in kinds]
+            return PromptEvaluation(self.prompt, None, None, None, None, rows, len(pairs), draws, reason)
+        asked, potentials = [], []
+        for kind in (*kinds, self.Q):
+            for i, (pinned, condition) in enumerate(pairs):
+                phi = Continuation(
+                    self.evaluator.model,
+                    condition,
+                    prompt_ids=self.prompt_ids,
+                    eos_token_id=self.evaluator.tokenizer.eos_token_id,
+                )
+                asked += [
+                    self._params(*kind, f"lower {i}", None, condition),
+                    self._params(*kind, f"upper {i}", pinned, condition),
+                ]
+                potentials += [phi, phi]
+        values = self._log_z(asked, potentials)
+        each = 2 * len(pairs)
+        found = {
+            kind: (values[k * each : (k + 1) * each : 2], values[k * each + 1 : (k + 1) * each : 2])
+            for k, kind in enumerate((*kinds, self.Q))
+        }
+        rows = [_row(*kind, *found[kind], None) for kind in kinds]
+        f_q, g_q = found[self.Q]
+        both = {kind: pair for kind, pair in found.items() if kind in kinds and -math.inf not in pair[0]}
+        if not both:
+            reason = "Z-hat was 0 for some o_T with every number of particles."
+            return PromptEvaluation(self.prompt, None, None, None, None, rows, len(pairs), draws, reason)
+        # The pair of bounds that are closest, o_T by o_T.
+        lower, upper = min(both.values(), key=lambda pair: estimate(_minus(pair[1], pair[0])).mean)
+        missed = sum(value == -math.inf for value in f_q)
+        return PromptEvaluation(
+            prompt=self.prompt,
+            log_z=Sandwich(estimate(lower), estimate(upper)).log_z,
+            log_z_from="mid-point of the tightest bounds, mean over o_T",
+            kl_q_sigma=None if missed else Sandwich(estimate(_minus(lower, f_q)), estimate(_minus(upper, f_q))).log_z,
+            kl_sigma_q=Sandwich(estimate(_minus(g_q, upper)), estimate(_minus(g_q, lower))).log_z,
+            rows=rows,
+            exact_samples=len(pairs),
+            draws=draws,
+            reason=f"KL(q||sigma): the proposal's sample had phi = 0 for {missed} o_T." if missed else None,
+        )
+
+    def _pairs(self, count: int) -> tuple[list[tuple[list[int], list[int]]], int]:
+        """Return up to ``count`` pairs (s, o_T) of p0, s an exact sample given o_T, and the draws that they took."""
+        config, generator = self.config, self._generator()
+        pairs: list[tuple[list[int], list[int]]] = []
+        draws = 0
+        while len(pairs) < count and draws < config.max_draws:
+            wanted = min(count, config.max_draws - draws)
+            outputs = self._draw(wanted, config.max_tokens + config.condition_tokens, generator)
+            draws += wanted
+            pairs += ancestral(outputs, config.max_tokens, config.condition_tokens)
+        return pairs[:count], draws
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _attempt(values: Sequence[float]) -> tuple[Estimate | None, str | None]:

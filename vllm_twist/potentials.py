@@ -584,6 +584,18 @@ def load_potential(spec: str | Path | LogPhi | Potential, *, model: Any = None, 
     return Function(found, str(spec) if isinstance(spec, str | Path) else None)
 
 
+def reads_model(spec: Any) -> bool:
+    """Return whether ``load_potential`` needs the language model for this: a file that says "continuation"."""
+    if not isinstance(spec, str | Path):
+        return False
+    path = Path(spec) / POTENTIAL_NAME if Path(spec).is_dir() else Path(spec)
+    try:
+        fields = json.loads(path.read_text()) if path.suffix == ".json" else None
+    except (OSError, ValueError):
+        return False  # load_potential says what is wrong
+    return isinstance(fields, dict) and fields.get("type") == "continuation"
+
+
 def _attribute(source: str, attribute: str) -> Any:
     """Return an attribute, possibly dotted, of a module or of a Python file."""
     where = f"`potential` {source}:{attribute}"
