@@ -5,15 +5,11 @@ make demo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import sys
-import tempfile
 import textwrap
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -22,49 +18,11 @@ from tqdm import tqdm
 
 from benchmarks.bench_generate import measure
 from benchmarks.report import HEAD, MODEL, hardware, versions
+from examples.common import quiet, seconds_bar
 from vllm_twist import results
 
 PROMPTS = ["I bought this", "The battery", "After two weeks", "My daughter"]
 PARTICLES = 16
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the engine's start-up messages, its processes' too, for the case that it fails."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile("w+") as messages:
-        os.dup2(messages.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            messages.seek(0)
-            os.write(kept, messages.read().encode())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-@contextlib.contextmanager
-def seconds_bar(what: str, expected: int) -> Iterator[None]:
-    """Show a bar that moves by the second while something runs that reports no progress of its own."""
-    done = threading.Event()
-
-    def move() -> None:
-        form = "{desc} {bar} {elapsed}"
-        with tqdm(total=expected, desc=what, bar_format=form, ncols=72, leave=False, file=sys.stdout) as bar:
-            while not done.wait(1):
-                bar.update(bar.n < expected - 1)
-                bar.refresh()
-
-    mover = threading.Thread(target=move)
-    mover.start()
-    try:
-        yield
-    finally:
-        done.set()
-        mover.join()
 
 
 def show(title: str, text: str, note: str = "") -> None:
