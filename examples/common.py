@@ -113,10 +113,17 @@ def train_classifier(
         ids = [row[: rng.randint(min(6, len(row)), len(row))] for row in ids]
     model = BertForSequenceClassification(
         BertConfig(
-            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=2 * width, max_position_embeddings=128, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id,
-            id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=2 * width,
+            max_position_embeddings=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
         )  # fmt: skip
     )
     tokenizer.model_max_length = 128
@@ -156,9 +163,7 @@ def train_classifier(
     bar.close()
     model.eval()
     with torch.no_grad():
-        right = sum(
-            (classes(logits(batch)) == labels[batch]).sum().item() for batch in _batches(list(held_out), 256)
-        )
+        right = sum((classes(logits(batch)) == labels[batch]).sum().item() for batch in _batches(list(held_out), 256))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return right / len(held_out)
@@ -218,7 +223,7 @@ def start_engine(trainer: TwistTrainer, prompt: str, sequences: int) -> None:
             MODEL,
             trainer.head,
             end_ids=trainer.end_ids,
-            max_model_len=length + trainer.config.max_tokens,
+            max_model_len=length + trainer.config.max_tokens + trainer.config.condition_tokens,
             max_num_seqs=sequences,
             # A seeded prompt that is split over two steps fails in vLLM on a CPU.
             max_num_batched_tokens=max(4096, length * sequences),

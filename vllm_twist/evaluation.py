@@ -466,8 +466,10 @@ def table(found: PromptEvaluation) -> str:
     return "\n".join(lines)
 
 
-def plot(evaluation: Evaluation, path: str) -> None:
+def plot(evaluation: Evaluation, path: str, known: Sequence[float | None] = ()) -> None:
     """Draw the bounds against K, a panel per prompt (of the first six), into a picture file.
+
+    ``known`` holds log Z per panel where it is known by other means; it is drawn as a line.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -487,7 +489,7 @@ def plot(evaluation: Evaluation, path: str) -> None:
     names = {"twist": "twist-induced proposal", "base": "base model as proposal"}
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for axis, found in zip(axes.flat, shown, strict=False):
+    for panel, (axis, found) in enumerate(zip(axes.flat, shown, strict=False)):
         if found.log_z is not None:
             axis.axhspan(
                 found.log_z.mean - found.log_z.ci95, found.log_z.mean + found.log_z.ci95, color="0.88", zorder=0
@@ -511,6 +513,8 @@ def plot(evaluation: Evaluation, path: str) -> None:
                             elinewidth=0.8,
                             capsize=2,
                         )
+        if panel < len(known) and known[panel] is not None:
+            axis.axhline(known[panel], color="0.2", linewidth=1, linestyle="--")
         axis.set_xscale("log", base=2)
         axis.set_xticks(
             sorted(set(evaluation.config.particles)), [str(k) for k in sorted(set(evaluation.config.particles))]
@@ -530,5 +534,7 @@ def plot(evaluation: Evaluation, path: str) -> None:
         Line2D([], [], color="0.3", linestyle="", marker="^", label="lower bound"),
         Line2D([], [], color="0.3", linestyle="", marker="v", label="upper bound"),
     ]
+    if any(value is not None for value in known):
+        handles.append(Line2D([], [], color="0.2", linewidth=1, linestyle="--", label="log Z, known"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, 1 + columns), fontsize=8, frameon=False)
     figure.savefig(path)
