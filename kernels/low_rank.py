@@ -259,7 +259,7 @@ def twist_softmax(
         TILE=SOFTMAX_TILE,
         R=padded(rank),
         EVEN=padded(rank) == rank,
-        num_warps=4,
+        num_warps=warps_for(up),
         **OPTIONS,
     )
     if n_pieces > 1:
@@ -308,7 +308,7 @@ def twist_sample(
         TILE=RACE_TILE,
         R=padded(rank),
         EVEN=padded(rank) == rank,
-        num_warps=4,
+        num_warps=warps_for(up),
         **OPTIONS,
     )
     low_rank_merge_kernel[(lanes,)](
@@ -329,6 +329,11 @@ def twist_sample(
         **OPTIONS,
     )
     return tokens, log_p, token_log_psi
+
+
+def warps_for(up: Tensor) -> int:
+    """Return the warps per program: float32 is multiplied in registers, which four warps have too few of."""
+    return 8 if up.dtype == torch.float32 else 4
 
 
 def padded(rank: int) -> int:

@@ -111,7 +111,8 @@ def _fused(log_psi: Tensor | LowRank | None) -> Any:
     rank = log_psi.up.shape[1]
     if rank > low_rank.MAX_RANK:
         raise ValueError(
-            f"`log_psi.up` must have a rank of at most {low_rank.MAX_RANK} for Triton, got {rank}: pass log_psi.values()."
+            f"`log_psi.up` must have a rank of at most {low_rank.MAX_RANK} for Triton, got {rank}: pass "
+            "log_psi.values()."
         )
     return low_rank
 
@@ -219,7 +220,8 @@ def twist_sample(
         _check("ancestors", ancestors, (len(keys),), (torch.int64,), device, "pass one row index per lane")
     if not _triton(backend, device):
         return reference.twist_sample(logits, log_psi, lse0, ancestors, keys, inverse_temperature, scale, rows)
-    return _fused(log_psi).twist_sample(logits, log_psi, *_dense(lse0, ancestors, keys, inverse_temperature, scale, rows))
+    small = _dense(lse0, ancestors, keys, inverse_temperature, scale, rows)
+    return _fused(log_psi).twist_sample(logits, log_psi, *small)
 
 
 def resample(

@@ -295,6 +295,16 @@ def test_race_and_block_copy_load_16_bytes(binaries: dict[str, dict[str, Any]]) 
     assert 1 in dict(narrow["loads in loops"])
 
 
+def test_low_rank_kernels_use_the_tensor_cores(binaries: dict[str, dict[str, Any]]) -> None:
+    """In bfloat16 they do, and read logits and ``up`` 16 bytes at a time; the bias alone, two entries at a time."""
+    for kernel in ("low_rank_softmax_kernel", "low_rank_race_kernel"):
+        for found in only(binaries, kernel, "bf16, rank 64", "bf16, rank 64, one piece", "bf16, rank 16"):
+            assert found["tensor cores"] > 0
+            assert {width for width, _ in found["loads in loops"]} == {4, 16}
+        (single,) = only(binaries, kernel, "fp32, rank 64")
+        assert {width for width, _ in single["loads in loops"]} == {16} and single["tensor cores"] == 0
+
+
 def main() -> None:
     found = compile_all()
     if "--json" in sys.argv:

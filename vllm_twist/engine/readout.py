@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_twist.twist import TiedHead, TwistHead
+from vllm_twist.kernels import ops
+from vllm_twist.kernels.reference import LowRank
+from vllm_twist.twist import LowRankHead, TiedHead, TwistHead
 
 #: Which rows of a batch are lanes: an index [L], ``slice(None)`` for all of them, None for none.
 Rows = Tensor | slice | None
@@ -49,3 +51,11 @@ class Readout:
             return self.head.activate(self.tied)
         assert self.hidden is not None, "log_psi before a forward pass"
         return self.head(self.hidden)
+
+    def twist(self, backend: str = "auto") -> Tensor | LowRank:
+        """Return log psi as the step takes it: in factors where that moves fewer bytes (``ops.keeps_factors``)."""
+        head, hidden = self.head, self.hidden
+        if isinstance(head, LowRankHead) and head.config.activation == "identity" and hidden is not None:
+            if ops.keeps_factors(len(hidden), head.up.shape[1], hidden.device, backend):
+                return head.factors(hidden)
+        return self.log_psi()

@@ -58,10 +58,11 @@ class TwistSampler(Sampler):
 
         It sizes the KV cache by what such runs take, which must include the values of the head.
         """
-        log_psi = self.readout.log_psi()
-        lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
         keys = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
+        # A large batch may keep the head's values in factors; smaller ones write them out, and count too.
+        for log_psi in (self.readout.log_psi(), self.readout.twist(self.table.backend)):
+            lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
+            ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
 
     def _sample_random(
         self,
@@ -79,7 +80,7 @@ class TwistSampler(Sampler):
                 processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, use_fused_sampler
             )
         processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
-        self.drawn = self.table.step(processed_logits, found, self.readout.log_psi())
+        self.drawn = self.table.step(processed_logits, found, self.readout.twist(self.table.backend))
         if found.rows is None:
             return self.drawn.token, processed_logits
         sampled = torch.empty_like(expanded_idx_mapping, dtype=torch.int64)
