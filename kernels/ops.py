@@ -163,9 +163,8 @@ def twist_softmax(
             batch; None is the same row (M = N).
         backend: "auto", "triton" or "torch".
 
-    A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one
-    with NaN gives NaN, one with +inf gives +inf. Both backends sum in float32; factors are multiplied in float32, or in their own type
-    with sums in float32, which is the same but for the order.
+    A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one with NaN
+    gives NaN, one with +inf gives +inf. Both backends sum in float32, products of factors included.
 
     Raises:
         ValueError: a type, shape, device or backend that does not fit.

@@ -52,10 +52,15 @@ class Readout:
         assert self.hidden is not None, "log_psi before a forward pass"
         return self.head(self.hidden)
 
-    def twist(self, backend: str = "auto") -> Tensor | LowRank:
-        """Return log psi as the step takes it: in factors where that moves fewer bytes (``ops.keeps_factors``)."""
+    def factors(self, backend: str = "auto") -> LowRank | None:
+        """Return log psi in factors where that moves fewer bytes (``ops.keeps_factors``), else None."""
         head, hidden = self.head, self.hidden
-        if isinstance(head, LowRankHead) and head.config.activation == "identity" and hidden is not None:
-            if ops.keeps_factors(len(hidden), head.up.shape[1], hidden.device, backend):
-                return head.factors(hidden)
-        return self.log_psi()
+        if not isinstance(head, LowRankHead) or head.config.activation != "identity" or hidden is None:
+            return None
+        kept = ops.keeps_factors(len(hidden), head.up.shape[1], hidden.device, backend)
+        return head.factors(hidden) if kept else None
+
+    def twist(self, backend: str = "auto") -> Tensor | LowRank:
+        """Return log psi as the step takes it: in factors, or whole."""
+        factors = self.factors(backend)
+        return self.log_psi() if factors is None else factors

@@ -60,9 +60,10 @@ class TwistSampler(Sampler):
         """
         keys = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         # A large batch may keep the head's values in factors; smaller ones write them out, and count too.
-        for log_psi in (self.readout.log_psi(), self.readout.twist(self.table.backend)):
-            lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
-            ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
+        for log_psi in (self.readout.log_psi(), self.readout.factors(self.table.backend)):
+            if log_psi is not None:
+                lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
+                ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
 
     def _sample_random(
         self,
