@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Advance, Groups, Lanes
+from .reference import Advance, Groups, Lanes, LowRank
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTS = (torch.int32, torch.int64)
@@ -23,6 +23,9 @@ INTS = (torch.int32, torch.int64)
 BACKENDS = ("auto", "triton", "torch")
 #: Lanes per group that the Triton resampler holds in one program's registers.
 MAX_LANES = 1024
+#: Fewest rows for which a low-rank twist stays in factors (``keeps_factors``). By byte count: fewer rows of log psi
+#: stay in the cache of a GPU once written. Not yet measured.
+FUSED_ROWS = 256
 
 
 def _triton(backend: str, device: torch.device) -> bool:
@@ -68,7 +71,7 @@ def _check(
 
 def _check_rows(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     inverse_temperature: Tensor | None,
     scale: Tensor | None,
     rows: Tensor | None,
@@ -82,13 +85,51 @@ def _check_rows(
     if rows is not None:
         _check("rows", rows, (None,), (torch.int64,), device, "pass a row of the logits per row of the twist")
         n = len(rows)
-    if log_psi is not None:
-        remedy = "pass log psi of every token, or None for no twist"
+    remedy = "pass log psi of every token, or None for no twist"
+    if isinstance(log_psi, LowRank):
+        z, up, bias = log_psi
+        _check("log_psi.up", up, (vocab, None), FLOATS, device, "pass one row per token", dense=True)
+        remedy = "pass a row of as many factors as those of `up`, and of their type, per row of the twist"
+        _check("log_psi.z", z, (n, up.shape[1]), (up.dtype,), device, remedy, dense=True)
+        _check("log_psi.bias", bias, (vocab,), FLOATS, device, "pass one value per token", dense=True)
+    elif log_psi is not None:
         _check("log_psi", log_psi, (n, vocab), FLOATS, device, remedy, dense=True)
     for name, x in (("inverse_temperature", inverse_temperature), ("scale", scale)):
         if x is not None:
             _check(name, x, (n,), (torch.float32,), device, "pass one value per row, or None for 1")
     return n
+
+
+def _fused(log_psi: Tensor | LowRank | None) -> Any:
+    """Return the module of Triton kernels for a twist given whole, or in factors."""
+    if not isinstance(log_psi, LowRank):
+        from . import twist_softmax
+
+        return twist_softmax
+    from . import low_rank
+
+    rank = log_psi.up.shape[1]
+    if rank > low_rank.MAX_RANK:
+        raise ValueError(
+            f"`log_psi.up` must have a rank of at most {low_rank.MAX_RANK} for Triton, got {rank}: pass "
+            "log_psi.values()."
+        )
+    return low_rank
+
+
+def keeps_factors(rows: int, rank: int, device: torch.device, backend: str = "auto") -> bool:
+    """Decide whether a low-rank twist of so many rows should stay in factors, as ``LowRank``.
+
+        2 ceil(rows / ROW_BLOCK) rank <= 3 rows  and  rows >= FUSED_ROWS  and  the kernels are used
+
+    Both passes over the vocabulary read ``up`` for every block of rows, in place of one write and two reads of
+    log psi. A byte count: not yet measured.
+    """
+    if rows < FUSED_ROWS or not _triton(backend, device):
+        return False
+    from .low_rank import MAX_RANK, ROW_BLOCK
+
+    return rank <= MAX_RANK and 2 * -(-rows // ROW_BLOCK) * rank <= 3 * rows
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
@@ -98,7 +139,7 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
 
 def twist_softmax(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
     rows: Tensor | None = None,
@@ -114,15 +155,16 @@ def twist_softmax(
 
     Args:
         logits: bfloat16, float16 or float32 [M, V], any row stride; -inf where a token is forbidden.
-        log_psi: the same [N, V], of its own type and stride, in nats; None for a twist of one.
+        log_psi: the same [N, V], of its own type and stride, in nats; or in factors, ``LowRank`` of z [N, r], up [V, r]
+            and bias [V], which are multiplied while streaming; None for a twist of one.
         inverse_temperature: beta > 0, float32 [N]; None is 1.
         scale: float32 [N]; None is 1.
         rows: the logits' row of each row of the twist, int64 [N], so that lanes need not be gathered out of a
             batch; None is the same row (M = N).
         backend: "auto", "triton" or "torch".
 
-    A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one
-    with NaN gives NaN, one with +inf gives +inf. Both backends sum in float32.
+    A token with -inf counts for nothing whatever its (finite) twist. A row without a token gives -inf, one with NaN
+    gives NaN, one with +inf gives +inf. Both backends sum in float32, products of factors included.
 
     Raises:
         ValueError: a type, shape, device or backend that does not fit.
@@ -130,14 +172,12 @@ def twist_softmax(
     _check_rows(logits, log_psi, inverse_temperature, scale, rows)
     if not _triton(backend, logits.device):
         return reference.twist_softmax(logits, log_psi, inverse_temperature, scale, rows)
-    from . import twist_softmax as fused
-
-    return fused.twist_softmax(logits, log_psi, *_dense(inverse_temperature, scale, rows))
+    return _fused(log_psi).twist_softmax(logits, log_psi, *_dense(inverse_temperature, scale, rows))
 
 
 def twist_sample(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     lse0: Tensor,
     ancestors: Tensor | None,
     keys: Tensor,
@@ -179,9 +219,8 @@ def twist_sample(
         _check("ancestors", ancestors, (len(keys),), (torch.int64,), device, "pass one row index per lane")
     if not _triton(backend, device):
         return reference.twist_sample(logits, log_psi, lse0, ancestors, keys, inverse_temperature, scale, rows)
-    from . import twist_softmax as fused
-
-    return fused.twist_sample(logits, log_psi, *_dense(lse0, ancestors, keys, inverse_temperature, scale, rows))
+    small = _dense(lse0, ancestors, keys, inverse_temperature, scale, rows)
+    return _fused(log_psi).twist_sample(logits, log_psi, *small)
 
 
 def resample(

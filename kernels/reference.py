@@ -74,9 +74,31 @@ def counter_uniforms(keys: Tensor, n: int) -> Tensor:
     return words.to(torch.float32).add_(0.5).mul_(2.0**-31 - 2.0**-55)
 
 
+class LowRank(NamedTuple):
+    """Log psi of N rows in factors, ``z @ up.T + bias``: it stands where log psi [N, V] would.
+
+    Attributes:
+        z: [N, r].
+        up: [V, r], of the same type.
+        bias: [V].
+    """
+
+    z: Tensor
+    up: Tensor
+    bias: Tensor
+
+    def values(self) -> Tensor:
+        """Return log psi, float32 [N, V]."""
+        return torch.nn.functional.linear(self.z.float(), self.up.float(), self.bias.float())
+
+    def at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return log psi of one token each of some rows, both int64 [L]; float32 [L]."""
+        return (self.z[rows].float() * self.up[tokens].float()).sum(-1) + self.bias[tokens].float()
+
+
 def _scaled(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     inverse_temperature: Tensor | None,
     scale: Tensor | None,
     rows: Tensor | None,
@@ -86,7 +108,7 @@ def _scaled(
     if inverse_temperature is not None:
         logits = logits * inverse_temperature[:, None]
     if log_psi is not None:
-        log_psi = log_psi.float()
+        log_psi = log_psi.values() if isinstance(log_psi, LowRank) else log_psi.float()
         if scale is not None:
             log_psi = torch.where(scale[:, None] == 0, 0.0, log_psi * scale[:, None])
     return logits, log_psi
@@ -94,7 +116,7 @@ def _scaled(
 
 def twist_softmax(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     inverse_temperature: Tensor | None = None,
     scale: Tensor | None = None,
     rows: Tensor | None = None,
@@ -106,7 +128,7 @@ def twist_softmax(
 
     Args:
         logits: base logits [M, V], -inf where a token is forbidden.
-        log_psi: log twist values [N, V] in nats, or None for a twist of one everywhere.
+        log_psi: log twist values [N, V] in nats, whole or in factors, or None for a twist of one everywhere.
         inverse_temperature: beta > 0 of each row, float32 [N]; None is 1 everywhere.
         scale: exponent of each row's twist, float32 [N]; None is 1 everywhere.
         rows: row of the logits that belongs to each row of the twist, int64 [N]; None is the same (M = N).
@@ -122,7 +144,7 @@ def twist_softmax(
 
 def twist_sample(
     logits: Tensor,
-    log_psi: Tensor | None,
+    log_psi: Tensor | LowRank | None,
     lse0: Tensor,
     ancestors: Tensor | None,
     keys: Tensor,

@@ -110,12 +110,21 @@ def _fold_tile(base, twist, mask, beta, scale, peak0, total0, peak1, total1, TWI
 
 
 @triton.jit
-def _store_sums(peak, total, slot, out_peak, out_total, FINAL: tl.constexpr):
-    if FINAL:
-        tl.store(out_peak + slot, _log_sum(peak, total))
+def _per_row(values, row):
+    """Return the parameter of a row, or of a block of rows; None is 1 everywhere."""
+    if values is None:
+        return row.to(tl.float32) * 0.0 + 1.0
     else:
-        tl.store(out_peak + slot, peak)
-        tl.store(out_total + slot, total)
+        return tl.load(values + row)
+
+
+@triton.jit
+def _store_sums(peak, total, slot, mask, out_peak, out_total, FINAL: tl.constexpr):
+    if FINAL:
+        tl.store(out_peak + slot, _log_sum(peak, total), mask=mask)
+    else:
+        tl.store(out_peak + slot, peak, mask=mask)
+        tl.store(out_total + slot, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["logits_shift", "log_psi_shift", *_VARYING])
@@ -205,10 +214,10 @@ def softmax_pieces_kernel(
             p0, t0, p1, t1 = _fold_tile(base + entries, twist + entries, mask, beta, s, p0, t0, p1, t1, TWISTED)
 
     p0, t0 = _join(p0, t0)
-    _store_sums(p0, t0, program, peak0, total0, FINAL)
+    _store_sums(p0, t0, program, None, peak0, total0, FINAL)
     if TWISTED:
         p1, t1 = _join(p1, t1)
-        _store_sums(p1, t1, program, peak1, total1, FINAL)
+        _store_sums(p1, t1, program, None, peak1, total1, FINAL)
 
 
 @triton.jit(do_not_specialize=["n_pieces"])
@@ -333,17 +342,40 @@ def _gumbel(u):
 
 
 @triton.jit
-def _finish_draw(
-    token, lane, row, logits, log_psi, lse0, beta, s, rows, logits_stride, log_psi_stride, tokens, log_ps, log_psis
-):
-    """Store the token of a lane with its log p0 and log psi."""
+def _score(u, x, g):
+    """Return what an entry runs the race with; NaN beats nothing on a GPU: make it so everywhere."""
+    score = _gumbel(u) + x
+    if g is not None:
+        score += g
+    return tl.where(score == score, score, -float("inf"))
+
+
+@triton.jit
+def _value_at(log_psi, row, stride, token, scale):
+    """Return the weighted log psi of a token; 0 without a twist."""
+    if log_psi is not None:
+        return _weighted(tl.load(log_psi + row * stride + token), scale)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _winner(best_scores, best_tokens, lane, n_pieces, PIECES: tl.constexpr):
+    """Return the token that won the race of one lane's pieces, the first where several did."""
+    piece = tl.arange(0, PIECES)
+    mask = piece < n_pieces
+    scores = tl.load(best_scores + lane * n_pieces + piece, mask=mask, other=-float("inf"))
+    winners = tl.load(best_tokens + lane * n_pieces + piece, mask=mask, other=0)
+    return tl.min(tl.where(scores == tl.max(scores, axis=0), winners, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _finish_draw(token, lane, row, value, logits, lse0, beta, rows, logits_stride, tokens, log_ps, log_psis):
+    """Store the token of a lane with its log p0 and its log psi, ``value``."""
     log_p = tl.load(logits + _row_of(rows, row) * logits_stride + token).to(tl.float32) * beta - tl.load(lse0 + row)
     tl.store(tokens + lane, token.to(tl.int64))
     tl.store(log_ps + lane, log_p)
-    if log_psi is not None:
-        tl.store(log_psis + lane, _weighted(tl.load(log_psi + row * log_psi_stride + token), s))
-    else:
-        tl.store(log_psis + lane, 0.0)
+    tl.store(log_psis + lane, value)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -398,6 +430,7 @@ def race_kernel(
         at = start + tl.arange(0, TILE)
         mask = at < vocab
         x = tl.load(base + at, mask=mask, other=-float("inf"))
+        g = None
         if log_psi is not None:
             g = tl.load(log_psi + row * log_psi_stride + at, mask=mask, other=0.0)
         u = counter_uniform(key, at)
@@ -409,32 +442,14 @@ def race_kernel(
         # Noise is at most -log(u), and nearly that where it can win: few tiles hold an entry that
         # could, and the two logarithms are left to them. One per cent covers all roundings.
         if tl.max((u < tl.exp2(ahead * _LOG2E) * 1.01).to(tl.int32), axis=0) > 0:
-            score = _gumbel(u) + x
-            if log_psi is not None:
-                score += g
-            # NaN beats nothing on a GPU; make it so everywhere.
-            score = tl.where(score == score, score, -float("inf"))
+            score = _score(u, x, g)
             top = tl.max(score, axis=0)
             if top > best:
                 best = top
                 token = tl.min(tl.where(score == top, at, 0x7FFFFFFF), axis=0)
     if FINAL:
-        _finish_draw(
-            token,
-            lane,
-            row,
-            logits,
-            log_psi,
-            lse0,
-            beta,
-            s,
-            rows,
-            logits_stride,
-            log_psi_stride,
-            tokens,
-            log_ps,
-            log_psis,
-        )
+        value = _value_at(log_psi, row, log_psi_stride, token, s)
+        _finish_draw(token, lane, row, value, logits, lse0, beta, rows, logits_stride, tokens, log_ps, log_psis)
     else:
         tl.store(best_scores + program, best)
         tl.store(best_tokens + program, token)
@@ -470,14 +485,9 @@ def race_merge_kernel(
     s = 1.0
     if scale is not None:
         s = tl.load(scale + row)
-    piece = tl.arange(0, PIECES)
-    mask = piece < n_pieces
-    scores = tl.load(best_scores + lane * n_pieces + piece, mask=mask, other=-float("inf"))
-    winners = tl.load(best_tokens + lane * n_pieces + piece, mask=mask, other=0)
-    token = tl.min(tl.where(scores == tl.max(scores, axis=0), winners, 0x7FFFFFFF), axis=0)
-    _finish_draw(
-        token, lane, row, logits, log_psi, lse0, beta, s, rows, logits_stride, log_psi_stride, tokens, log_ps, log_psis
-    )
+    token = _winner(best_scores, best_tokens, lane, n_pieces, PIECES)
+    value = _value_at(log_psi, row, log_psi_stride, token, s)
+    _finish_draw(token, lane, row, value, logits, lse0, beta, rows, logits_stride, tokens, log_ps, log_psis)
 
 
 def twist_sample(

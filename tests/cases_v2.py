@@ -17,7 +17,7 @@ import torch
 from paths import PATHS, Path_, outcome
 from runners import RUNNER
 from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny
+from tiny import Tiny, random_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,6 +66,38 @@ def test_same_with_the_kernels(engine, wide: Tiny, monkeypatch: pytest.MonkeyPat
             assert [p.token_ids for p in a.particles] == [p.token_ids for p in b.particles]
             assert a.log_z == pytest.approx(b.log_z, abs=1e-4) and a.num_resamplings == b.num_resamplings > 0
             assert_rescored_unless_penalised(wide, mine)
+
+
+def test_same_with_a_low_rank_head_in_factors(engine, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values written out or multiplied in the kernels: the same steps, with scales, base proposals and pins."""
+    from vllm_twist.engine.slots import SlotTable
+    from vllm_twist.kernels import reference
+
+    tiny = random_model(tmp_path_factory.mktemp("factors"), vocab=40, eos=1, head_type="low_rank")
+    common = {"max_tokens": 4, "ignore_eos": True, **EVERY_STEP}
+    requests = [
+        params(seed=1, twist_particles=5, temperature=0.8, twist_scale=0.5, **common),
+        params(seed=2, twist_particles=3, twist_proposal="base", **common),
+        params(seed=3, twist_particles=4, twist_pinned=[5, 9, 8, 4], **common),
+        params(max_tokens=4, seed=4, twist=0),
+    ]
+    prompts, llm = [prompt_of(30), prompt_of(31), prompt_of(9), prompt_of(5)], engine(tiny)
+    plain, seen, real = generate(llm, prompts, requests), [], SlotTable.step
+
+    def spy(self: Any, logits: torch.Tensor, found: Any, log_psi: Any) -> Any:
+        seen.append(isinstance(log_psi, reference.LowRank))
+        return real(self, logits, found, log_psi)
+
+    monkeypatch.setattr(SlotTable, "step", spy)
+    monkeypatch.setattr(lane_table(llm), "backend", "triton")
+    monkeypatch.setattr("vllm_twist.kernels.ops.FUSED_ROWS", 1)
+    for mine, theirs in zip(generate(llm, prompts, requests), plain, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+        if theirs.kv_transfer_params:
+            a, b = results(mine)[0], results(theirs)[0]
+            assert [p.token_ids for p in a.particles] == [p.token_ids for p in b.particles]
+            assert a.log_z == pytest.approx(b.log_z, abs=1e-4)
+    assert sum(seen) >= 4
 
 
 def assert_rescored_unless_penalised(tiny: Tiny, output: Any) -> None:

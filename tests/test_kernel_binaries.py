@@ -39,7 +39,7 @@ def loads_of(sass: str) -> tuple[Counter[int], Counter[int]]:
             loops.update(range(labels[jump[1]], i + 1))
     everywhere, inside = Counter[int](), Counter[int]()
     for i, line in enumerate(lines):
-        if load := re.search(r"\bLDG\.([\w.]+)", line):
+        if load := re.search(r"\bLDG(?:STS)?\.([\w.]+)", line):
             parts = load[1].split(".")
             width = next((w for part, w in WIDTHS.items() if part in parts), 4)
             everywhere[width] += 1
@@ -72,6 +72,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": spills_of(sass),
+        "tensor cores": len(re.findall(r"\bH(?:G)?MMA\b", sass)),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "loads": sorted(everywhere.items()),
@@ -147,6 +148,19 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "bf16, rows out of a batch", out_of_a_batch
 
+    def low_rank(dtype: torch.dtype, rank: int, one: bool = False) -> None:
+        count, tokens = (5000 * 64, 8192) if one else (n, vocab)
+        logits, lanes = rows(1, tokens, dtype).expand(count, -1) if one else rows(n, vocab, dtype), torch.arange(count)
+        twist = reference.LowRank(rows(count, rank, dtype), rows(tokens, rank, dtype), torch.empty(tokens, dtype=dtype))
+        ops.twist_softmax(logits, twist, backend="triton")
+        ops.twist_sample(logits, twist, torch.empty(count), lanes, lanes, backend="triton")
+
+    yield "bf16, rank 64", lambda: low_rank(BF16, 64)
+    yield "bf16, rank 64, one piece", lambda: low_rank(BF16, 64, True)
+    yield "bf16, rank 16", lambda: low_rank(BF16, 16)
+    yield "bf16, rank 100", lambda: low_rank(BF16, 100)
+    yield "fp32, rank 64", lambda: low_rank(FP32, 64)
+
     def fork(width: int, dtype: torch.dtype) -> None:
         lanes = torch.arange(64)
         same = [torch.empty(64, 128, dtype=torch.int32)], torch.ones(1, dtype=torch.int32), lanes.int(), lanes
@@ -163,7 +177,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from vllm_twist.kernels import advance, fork, resample, twist_softmax
+    from vllm_twist.kernels import advance, fork, low_rank, resample, twist_softmax
 
     class H200:
         """As much of a driver as compiling takes."""
@@ -192,7 +206,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
 
             return compile_
 
-    for module in (twist_softmax, resample, advance, fork):
+    for module in (twist_softmax, low_rank, resample, advance, fork):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(module, name, Compiler(value))
@@ -224,9 +238,9 @@ def only(binaries: dict[str, dict[str, Any]], kernel: str, *cases: str) -> list[
 
 def test_every_kernel_is_compiled(binaries: dict[str, dict[str, Any]]) -> None:
     """A kernel that no case launches would go unexamined."""
-    from vllm_twist.kernels import advance, fork, resample, twist_softmax
+    from vllm_twist.kernels import advance, fork, low_rank, resample, twist_softmax
 
-    modules = twist_softmax, resample, advance, fork
+    modules = twist_softmax, low_rank, resample, advance, fork
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {name.split(" (")[0] for name in binaries if not name.startswith("control")} == kernels
 
@@ -279,6 +293,16 @@ def test_race_and_block_copy_load_16_bytes(binaries: dict[str, dict[str, Any]]) 
     assert not {1, 2} & set(dict(wide["loads"]))
     (narrow,) = only(binaries, "copy_partial_blocks_kernel", "blocks in bytes")
     assert 1 in dict(narrow["loads in loops"])
+
+
+def test_low_rank_kernels_use_the_tensor_cores(binaries: dict[str, dict[str, Any]]) -> None:
+    """In bfloat16 they do, and read logits and ``up`` 16 bytes at a time; the bias alone, two entries at a time."""
+    for kernel in ("low_rank_softmax_kernel", "low_rank_race_kernel"):
+        for found in only(binaries, kernel, "bf16, rank 64", "bf16, rank 64, one piece", "bf16, rank 16"):
+            assert found["tensor cores"] > 0
+            assert {width for width, _ in found["loads in loops"]} == {4, 16}
+        (single,) = only(binaries, kernel, "fp32, rank 64")
+        assert {width for width, _ in single["loads in loops"]} == {16} and single["tensor cores"] == 0
 
 
 def main() -> None:

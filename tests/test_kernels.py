@@ -25,7 +25,7 @@ from elsewhere import Elsewhere
 from torch import Tensor
 
 from vllm_twist.kernels import advance as advancing
-from vllm_twist.kernels import fork, ops, reference
+from vllm_twist.kernels import fork, low_rank, ops, reference
 from vllm_twist.kernels import resample as resampling
 from vllm_twist.kernels import twist_softmax as fused
 
@@ -86,7 +86,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     recorder = Launches()
-    for module in (fused, resampling, advancing, fork):
+    for module in (fused, low_rank, resampling, advancing, fork):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, recorder.spy(name, getattr(module, name)))
     yield recorder
@@ -426,6 +426,106 @@ def test_draws_follow_the_twisted_law(
             statistic, quantile = chi_square(counts[allowed].double(), wrong.softmax(-1))
             assert statistic > quantile
     assert launches.of("race_kernel") == [(n * (1 if tile == 2048 else 4),)]
+
+
+# Low-rank twists in factors.
+
+
+def factors(n: int, vocab: int, rank: int, dtype: torch.dtype = FP32, seed: int = 20) -> reference.LowRank:
+    z, up = (torch.randn(size, rank, generator=generator(seed + size)) for size in (n, vocab))
+    return reference.LowRank(z.to(dtype), (up / rank**0.5).to(dtype), torch.randn(vocab, generator=generator(seed)))
+
+
+def low_rank_both(
+    logits: Tensor, twist: reference.LowRank, ancestors: Tensor | None, keys: Tensor, *more: Any
+) -> Tensor:
+    """Compare the log-sums and the draw with those of the values written out; return the tokens.
+
+    Two scores within a rounding could swap: odds of 1e-4 in all these draws together.
+    """
+    lse = ops.twist_softmax(logits, twist, *more, backend="triton")
+    close(lse, reference.twist_softmax(logits, twist.values(), *more))
+    got = ops.twist_sample(logits, twist, lse[0], ancestors, keys, *more, backend="triton")
+    want = reference.twist_sample(logits, twist.values(), lse[0], ancestors, keys, *more)
+    assert torch.equal(got[0], want[0])
+    close(got[1:], want[1:])
+    parents = torch.arange(len(keys)) if ancestors is None else ancestors
+    if not more:
+        torch.testing.assert_close(twist.at(parents, got[0]), got[2], **CLOSE)
+    return got[0]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("vocab", "rank"), [(1, 1), (17, 8), (200, 16), (1000, 64), (200, 100), (17, 128)])
+def test_low_rank_vocabularies(vocab: int, rank: int, dtype: torch.dtype, launches: Launches) -> None:
+    """Ranks and vocabularies with and without padding, two blocks of rows, the second with six."""
+    n = 70
+    logits = (4 * torch.randn(n, vocab, generator=generator(vocab))).to(dtype)
+    low_rank_both(logits, factors(n, vocab, rank, dtype), torch.arange(n).flip(0) // 2, keys_for(n))
+    assert launches.of("low_rank_softmax_kernel") == launches.of("low_rank_race_kernel") == [(2,)]
+    assert launches.of("low_rank_merge_kernel") == [(n,)] and not launches.of("race_kernel")
+
+
+@pytest.mark.parametrize("vocab", [32_000, 32_001])
+def test_low_rank_in_pieces(vocab: int, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long vocabulary goes to four programs, whose results are merged; in wider tiles, for the interpreter."""
+    monkeypatch.setattr(low_rank, "SOFTMAX_TILE", 2048)
+    monkeypatch.setattr(low_rank, "RACE_TILE", 2048)
+    monkeypatch.setattr(low_rank, "ROW_BLOCK", 4)
+    logits = torch.randn(3, vocab, generator=generator(vocab))
+    low_rank_both(logits, factors(3, vocab, 64), torch.tensor([2, 0, 0, 1, 1]), keys_for(5))
+    assert launches.of("low_rank_softmax_kernel") == [(4,)] and launches.of("softmax_merge_kernel") == [(3,)]
+    assert launches.of("low_rank_race_kernel") == [(8,)]
+
+
+def test_low_rank_rows_anywhere() -> None:
+    """Strided factors and logits between NaN, rows out of a batch, temperatures and scales; zero is no twist."""
+    n, vocab = 6, 300
+    logits = laid_out(torch.randn(9, vocab, generator=generator(21)), "odd start")
+    z, up, bias = factors(n, vocab, 20)
+    twist = reference.LowRank(laid_out(z, "every other row"), laid_out(up, "odd start"), bias)
+    low_rank_both(logits[:n], twist, None, keys_for(n))
+    more = torch.linspace(0.5, 2, n), torch.tensor([0.0, 1.0, -2.0, 0.3, 1.0, 0.0]), torch.tensor([8, 1, 0, 3, 3, 7])
+    low_rank_both(logits, twist, torch.tensor([5, 5, 0, 1, 1, 3, 2, 4]), keys_for(8), *more)
+
+
+def test_low_rank_masked_rows() -> None:
+    """-inf counts for nothing and is not drawn; a row without a token gives token 0; NaN stays in its row."""
+    logits, _ = masked_rows(1000)
+    z, up, bias = factors(8, 1000, 8)
+    twist = reference.LowRank(torch.where(torch.arange(8)[:, None] == 6, NAN, z), up, bias)
+    got = ops.twist_softmax(logits, twist, backend="triton")
+    close(got, reference.twist_softmax(logits, twist))
+    assert got[0][3] == got[1][3] == -INF and got[1][6].isnan() and got[0][6].isfinite()
+    rows = torch.tensor([0, 1, 2, 3, 7])
+    token, *_ = ops.twist_sample(logits, twist, got[0], rows, keys_for(5), backend="triton")
+    assert torch.equal(token, reference.twist_sample(logits, twist, got[0], rows, keys_for(5))[0])
+    assert token[0] % 2 == 1 and token[1:4].tolist() == [0, 999, 0] and token[4] < 500
+
+
+def test_low_rank_factors_are_checked() -> None:
+    """Factors that do not fit each other or the kernels are refused; an empty batch is none of that."""
+    logits, twist = torch.zeros(2, 4), factors(2, 4, 3)
+    for changes, message in (
+        ({"up": torch.zeros(5, 3)}, r"`log_psi.up` must be .* \[4, any\] .* got float32 \[5, 3\]"),
+        ({"z": torch.zeros(2, 2)}, r"`log_psi.z` must be float32 \[2, 3\] .* got float32 \[2, 2\]"),
+        ({"z": twist.z.bfloat16()}, r"`log_psi.z` must be float32 .* got bfloat16"),
+        ({"bias": torch.zeros(3)}, r"`log_psi.bias` must be .* \[4\] .* got float32 \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.twist_softmax(logits, twist._replace(**changes))
+    with pytest.raises(ValueError, match="`log_psi.up` must have a rank of at most 128 for Triton, got 129: pass"):
+        ops.twist_softmax(logits, factors(2, 4, 129), backend="triton")
+    empty = factors(0, 4, 3)
+    assert ops.twist_softmax(logits[:0], empty, backend="triton")[0].shape == (0,)
+
+
+def test_factors_are_kept_where_they_are_fewer_bytes() -> None:
+    """From 256 rows on, at ranks up to 96, and only for the kernels."""
+    cpu = torch.device("cpu")
+    assert ops.keeps_factors(256, 64, cpu, "triton") and ops.keeps_factors(256, 96, cpu, "triton")
+    assert not ops.keeps_factors(255, 64, cpu, "triton") and not ops.keeps_factors(256, 97, cpu, "triton")
+    assert not ops.keeps_factors(256, 64, cpu) and not ops.keeps_factors(256, 64, cpu, "torch")
 
 
 # Resampling.

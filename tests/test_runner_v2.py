@@ -48,6 +48,7 @@ OWN = [
         "test_runner_and_scheduler_are_the_ones_meant",
         "test_same_as_model_runner_v1",
         "test_same_with_the_kernels",
+        "test_same_with_a_low_rank_head_in_factors",
         "test_rescoring_sees_a_wrong_fork",
         "test_memory_is_measured_with_the_head",
         "test_particle_that_ends_leaves_one_step_later",

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_twist.config import did_you_mean
+from vllm_twist.kernels.reference import LowRank
 
 CONFIG_NAME = "twist_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -275,6 +276,10 @@ class LowRankHead(TwistHead, kind="low_rank"):
 
     def output(self, inputs: Tensor, lm_head: LMHead | None = None) -> Tensor:
         return nn.functional.linear(nn.functional.linear(inputs, self.down), self.up, self.bias)
+
+    def factors(self, hidden: Tensor, condition: Tensor | None = None) -> LowRank:
+        """Return the output before the activation in factors; see ``forward``."""
+        return LowRank(nn.functional.linear(self._inputs(hidden, condition), self.down), self.up, self.bias)
 
 
 class TiedHead(TwistHead, kind="tied"):

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_twist.twist import TiedHead, TwistHead
+from vllm_twist.kernels import ops
+from vllm_twist.kernels.reference import LowRank
+from vllm_twist.twist import LowRankHead, TiedHead, TwistHead
 
 #: Which rows of a batch are lanes: an index [L], ``slice(None)`` for all of them, None for none.
 Rows = Tensor | slice | None
@@ -59,3 +61,16 @@ class Readout:
             return self.head.activate(self.tied)
         assert self.hidden is not None, "log_psi before a forward pass"
         return self.head(self.hidden, condition=condition)
+
+    def factors(self, condition: Tensor | None = None, backend: str = "auto") -> LowRank | None:
+        """Return log psi in factors where that moves fewer bytes (``ops.keeps_factors``), else None."""
+        head, hidden = self.head, self.hidden
+        if not isinstance(head, LowRankHead) or head.config.activation != "identity" or hidden is None:
+            return None
+        kept = ops.keeps_factors(len(hidden), head.up.shape[1], hidden.device, backend)
+        return head.factors(hidden, condition) if kept else None
+
+    def twist(self, condition: Tensor | None = None, backend: str = "auto") -> Tensor | LowRank:
+        """Return log psi as the step takes it: in factors, or whole."""
+        factors = self.factors(condition, backend)
+        return self.log_psi(condition) if factors is None else factors

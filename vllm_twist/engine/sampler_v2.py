@@ -66,10 +66,13 @@ class TwistSampler(Sampler):
         It sizes the KV cache by what such runs take, which must include the values of the head.
         """
         # Any condition will do: the hidden states themselves.
-        log_psi = self.readout.log_psi(self.readout.hidden if self.readout.head.config.conditional else None)
-        lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
+        condition = self.readout.hidden if self.readout.head.config.conditional else None
         keys = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
+        # A large batch may keep the head's values in factors; smaller ones write them out, and count too.
+        for log_psi in (self.readout.log_psi(condition), self.readout.factors(condition, self.table.backend)):
+            if log_psi is not None:
+                lse0, _ = ops.twist_softmax(logits, log_psi, backend=self.table.backend)
+                ops.twist_sample(logits, log_psi, lse0, None, keys, backend=self.table.backend)
 
     def _sample_random(
         self,
@@ -87,7 +90,7 @@ class TwistSampler(Sampler):
                 processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, use_fused_sampler
             )
         processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
-        log_psi = self.readout.log_psi(self.table.conditions_of(found))
+        log_psi = self.readout.twist(self.table.conditions_of(found), self.table.backend)
         self.drawn = self.table.step(processed_logits, found, log_psi)
         if found.rows is None:
             return self.drawn.token, processed_logits

@@ -245,21 +245,22 @@ class SlotTable:
         return None if self.conditions is None else self.conditions[found.slots]
 
     @torch.inference_mode()
-    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor) -> Draw:
+    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank) -> Draw:
         """Weigh, resample, then sample one token for every lane in the batch (Zhao et al. 2024, Prop. 3.3).
 
         Args:
             logits: [N, V] of the whole batch, as p0 is drawn from but for the lanes' own temperatures.
             found: the lanes in it.
-            log_psi: log psi of every next token, [L, V].
+            log_psi: log psi of every next token, [L, V] or in factors.
         """
         rows, slots, where = found.rows, found.slots, found.slots_np
         beta = self.inverse_temperature[slots] if self._tempered[where].any() else None
         scale = self.scale[slots] if self._scaled[where].any() else None
         on = {"backend": self.backend}
         base = self.base_proposal[slots] if self._from_base[where].any() else None
-        log_psi_q = log_psi if base is None else log_psi.masked_fill(base[:, None], 0.0)
-        lse0, lse_psi = ops.twist_softmax(logits, log_psi_q, beta, scale, rows, **on)
+        # The proposal's: a scale of zero is no twist.
+        scale_q = scale if base is None else torch.where(base, 0.0, 1.0 if scale is None else scale)
+        lse0, lse_psi = ops.twist_softmax(logits, log_psi, beta, scale_q, rows, **on)
         if base is not None:
             before = self.lanes.log_psi[slots]
             # The weight of the last token was complete when it was drawn: nothing is due.
@@ -270,7 +271,7 @@ class SlotTable:
         moved = ops.advance(self.lanes, self.groups, self.row_of, lse0, lse_psi, **on)
         ancestors = moved.ancestors
         token, log_p, token_log_psi = ops.twist_sample(
-            logits, log_psi_q, lse0, ancestors, moved.keys, beta, scale, rows, **on
+            logits, log_psi, lse0, ancestors, moved.keys, beta, scale_q, rows, **on
         )
         held = self._held[where].any()
         if held:
@@ -300,7 +301,7 @@ class SlotTable:
     def _values_of(
         token: Tensor,
         logits: Tensor,
-        log_psi: Tensor,
+        log_psi: Tensor | reference.LowRank,
         lse0: Tensor,
         ancestors: Tensor,
         beta: Tensor | None,
@@ -311,7 +312,10 @@ class SlotTable:
         log_p = logits[ancestors if rows is None else rows[ancestors], token].float()
         if beta is not None:
             log_p = log_p * beta[ancestors]
-        value = log_psi[ancestors, token].float()
+        if isinstance(log_psi, reference.LowRank):
+            value = log_psi.at(ancestors, token)
+        else:
+            value = log_psi[ancestors, token].float()
         if scale is not None:
             value = torch.where(scale[ancestors] == 0, 0.0, value * scale[ancestors])
         return log_p - lse0[ancestors], value
