@@ -68,7 +68,7 @@ class Setting:
 
 #: A commoner event and a classifier that has seen less: for a test of the whole.
 QUICK = Setting(
-    threshold=2.0, reviews=800, soft_updates=12, updates=12, batch=128, particles=(1, 8, 32), repeats=6, draws=2048
+    threshold=0.0, reviews=800, soft_updates=12, updates=12, batch=128, particles=(1, 8, 32), repeats=6, draws=2048
 )
 
 
