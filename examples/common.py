@@ -225,8 +225,6 @@ def start_engine(trainer: TwistTrainer, prompt: str, sequences: int) -> None:
             end_ids=trainer.end_ids,
             max_model_len=length + trainer.config.max_tokens + trainer.config.condition_tokens,
             max_num_seqs=sequences,
-            # A seeded prompt that is split over two steps fails in vLLM on a CPU.
-            max_num_batched_tokens=max(4096, length * sequences),
             dtype="float32",
             skip_tokenizer_init=False,
         )

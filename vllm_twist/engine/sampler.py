@@ -73,6 +73,9 @@ class EngineSampler:
                 "seed": 0,
                 **engine_args,
             }
+            if not torch.cuda.is_available():
+                # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let all of them fit into one.
+                options.setdefault("max_num_batched_tokens", max(2048, options["max_num_seqs"] * max_model_len))
             if not options.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}:
                 options["kv_cache_memory_bytes"] = _kv_cache_bytes(
                     model, options["max_num_seqs"], options["max_model_len"], 4 if dtype in ("auto", "float32") else 2
