@@ -11,11 +11,13 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runners
+from elsewhere import Line
 from tiny import Tiny, bigram_model, random_model
 
 ENGINE = dict(
@@ -29,6 +31,23 @@ ENGINE = dict(
     kv_cache_memory_bytes=2**26,
     **runners.options(),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files whose tests run elsewhere come last: until then their processes work beside the others."""
+    items.sort(key=lambda item: hasattr(item.module, "start_elsewhere"))  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def line(request: pytest.FixtureRequest, repo_root: Path) -> Iterator[Line]:
+    """Start the processes of the tests that run elsewhere."""
+    line = Line(repo_root)
+    for module in dict.fromkeys(item.module for item in request.session.items):  # type: ignore[attr-defined]
+        if hasattr(module, "start_elsewhere"):
+            module.start_elsewhere(line, request)
+    line.start()
+    yield line
+    line.stop()
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,23 @@ def test_plain_requests_among_twisted_ones(clean, wide: Tiny):
     assert_rescored(wide, mixed[2])
 
 
+def test_prompt_logprobs_among_twisted_requests(clean, wide: Tiny):
+    """vLLM reads a prompt's hidden states out after the step's own: fewer rows than lanes, none of them one."""
+    core, prompt, outputs = clean(wide).llm_engine, prompt_of(4), {}
+    options = {"ignore_eos": True, "seed": 1, "twist_particles": 16, **EVERY_STEP}
+    core.add_request("twisted", {"prompt_token_ids": prompt_of(9)}, params(max_tokens=12, **options))
+    for _ in range(5):
+        core.step()
+    core.add_request("plain", {"prompt_token_ids": prompt}, params(max_tokens=3, seed=2, twist=0, prompt_logprobs=2))
+    while core.has_unfinished_requests():
+        outputs.update({output.request_id: output for output in core.step() if output.finished})
+    core.step()
+    assert_rescored(wide, outputs["twisted"])
+    expected = wide.log_p([prompt])[0]
+    for row, (token, entry) in enumerate(zip(prompt[1:], outputs["plain"].prompt_logprobs[1:], strict=True)):
+        assert entry[token].logprob == pytest.approx(expected[row, token].item(), abs=2e-4)
+
+
 def test_plain_rows_are_never_written(engine, wide: Tiny, monkeypatch):
     """In a mixed batch the logits rows of plain requests leave the processor bit for bit as they came."""
     from vllm_twist.engine.logits_processor import TwistLogitsProcessor

@@ -1,8 +1,8 @@
 """The Triton kernels against the PyTorch reference, under Triton's interpreter.
 
 Triton decides when it is imported whether kernels are interpreted, and vLLM imports it too, so
-these tests run in a process of their own with ``TRITON_INTERPRET=1``: the fixtures below start one
-for all that were selected, and each reports what became of it there. With the variable set they
+these tests run in a process of their own with ``TRITON_INTERPRET=1`` for all that were selected, and
+each reports what became of it there. With the variable set they
 run directly.
 
 Statistical tests are Pearson chi-squares at fixed keys, against the quantile that a sound sampler
@@ -21,7 +21,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from elsewhere import Elsewhere
+from elsewhere import Line
 from torch import Tensor
 
 from vllm_twist.kernels import advance as advancing
@@ -40,12 +40,18 @@ VOCABULARIES = [1, 17, 1000, 32_000, 32_001, 128_256, 151_936]
 TOP_KEYS = (-2573957223134789632, -2469218509977026560)
 
 
+def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
+    """Run the selected tests of this file under the interpreter."""
+    if not INTERPRETED:
+        selected = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("kernels")
+        line.add("kernels", selected, {"TRITON_INTERPRET": "1"}, folder)
+
+
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Run the selected tests of this file under the interpreter; return what each failed with, "" if it passed."""
-    selected = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
-    folder = tmp_path_factory.mktemp("kernels")
-    return Elsewhere(selected, {"TRITON_INTERPRET": "1"}, request.config.rootpath, folder).outcomes(timeout=900)
+def outcomes(line: Line) -> dict[str, str]:
+    """Return what each test failed with under the interpreter, "" if it passed."""
+    return line.outcomes("kernels")
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,13 @@ groups, and those of ``cases_v2``. A test here stands for all cases of one test 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from elsewhere import Elsewhere
+from elsewhere import Line
 from paths import PATHS, outcome
 from runners import ENVIRONMENT
 
@@ -30,6 +31,7 @@ BORROWED = [
     "test_engine_exact.py::test_broken_engines_fail",
     "test_engine.py::test_forks_at_every_step_across_blocks[caching-31]",
     "test_engine.py::test_result_is_consistent",
+    "test_engine.py::test_prompt_logprobs_among_twisted_requests",
     "test_engine.py::test_token_budget_smaller_than_the_group",
     "test_engine.py::test_preemption_keeps_the_estimate",
     "test_engine.py::test_prefix_cache_reset_mid_way",
@@ -38,6 +40,10 @@ BORROWED = [
     "test_engine.py::test_all_weights_zero_end_the_request",
     "test_conditional.py::test_reciprocal_unbiased[8-500-1.0-residual-twist]",
     "test_conditional.py::test_impossible_continuations_end_their_request_alone[options0]",
+    "test_condition.py::test_samples_the_conditional_target[3]",
+    "test_condition.py::test_conditions_are_not_mixed_up",
+    "test_condition.py::test_preemption_keeps_the_condition",
+    "test_condition.py::test_abort[2]",
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
     "test_soak.py::test_random_load[0]",
@@ -58,37 +64,30 @@ OWN = [
         "test_state_survives_a_preemption",
     )
 ]
-Outcomes = Callable[[str], dict[str, str]]
+
+
+def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
+    """Run what was selected in a process per mode, which gets the outcomes of the paths on Model Runner V1."""
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("v1")
+    reference, engine = folder / "reference.json", request.getfixturevalue("engine")
+    reference.write_text(json.dumps({path.name: outcome(engine, request, path) for path in PATHS}))
+    for mode in MODES:
+        chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
+        if chosen:
+            environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
+            line.add(mode, chosen, environment, request.getfixturevalue("tmp_path_factory").mktemp(mode))
 
 
 @pytest.fixture(scope="module")
-def outcomes(engine, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_root: Path):
-    """Start a process per mode with what was selected, side by side; return what came of a mode's tests."""
-    reference = tmp_path_factory.mktemp("v1") / "reference.json"
-    reference.write_text(json.dumps({path.name: outcome(engine, request, path) for path in PATHS}))
-    processes: dict[str, Elsewhere] = {}
-    for mode in MODES:
-        chosen = [
-            f"tests/{item.callspec.params['test']}"
-            for item in request.session.items
-            if item.path == Path(__file__) and item.callspec.params.get("mode") == mode
-        ]
-        if chosen:
-            environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
-            processes[mode] = Elsewhere(chosen, environment, repo_root, tmp_path_factory.mktemp(mode))
-    found: dict[str, dict[str, str]] = {}
-
-    def of(mode: str) -> dict[str, str]:
-        if mode not in found:
-            found[mode] = processes[mode].outcomes(timeout=1500)
-        return found[mode]
-
-    return of
+def outcomes(line: Line) -> Callable[[str], dict[str, str]]:
+    """Return what gives the outcomes of a mode's tests."""
+    return functools.cache(line.outcomes)
 
 
 @pytest.mark.parametrize("test", [*OWN, *BORROWED])
 @pytest.mark.parametrize("mode", MODES)
-def test_on_model_runner_v2(outcomes: Outcomes, mode: str, test: str):
+def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], mode: str, test: str):
     name = test.replace(".py::", ".")
     cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}
     assert cases, "it did not run"
