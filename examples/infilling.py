@@ -63,7 +63,7 @@ class Setting:
     examples: int = 5
 
 
-QUICK = Setting(updates=(12, 12), conditions=16, particles=(1, 16), repeats=(40, 8), fill=16, examples=2)
+QUICK = Setting(updates=(12, 4), conditions=16, particles=(1, 16), repeats=(40, 6), fill=16, examples=1)
 
 
 def learn(setting: Setting, which: int, sampler: Any = None) -> TwistTrainer:

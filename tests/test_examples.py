@@ -31,3 +31,17 @@ def test_rare_event(repo_root: Path, tmp_path: Path):
     event = found["event"]
     error = 2 * (prompt["log_z"]["ci95"] + event["ci95"] / event["probability"])
     assert abs(prompt["log_z"]["mean"] - math.log(event["probability"])) < error
+
+
+def test_infilling(repo_root: Path, tmp_path: Path):
+    """The mean of log Z(o_T) is minus the entropy of o_T; a little learning brings the proposal nearer; fixed seeds."""
+    command = [sys.executable, "-m", "examples.infilling", "--quick", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=repo_root, check=True, timeout=600)
+    found = json.loads((tmp_path / "infilling.json").read_text())
+    assert (tmp_path / "infilling.png").read_bytes().startswith(b"\x89PNG")
+    short = found["prompts"][0]
+    assert found["left_out"] < 1e-3
+    assert abs(short["log_z"]["mean"] - found["exact_mean_log_z"]) < 2 * short["log_z"]["ci95"]
+    upper = {row["proposal"]: row["upper"]["mean"] for row in short["rows"] if row["particles"] == 1}
+    assert upper["twist"] < upper["base"] - 0.2, upper
+    assert len(found["filled"]) == 1 and found["filled"][0]["infilled"]
