@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from test_engine_exact import PROMPTS
 from tiny import Law, Tiny, enumerate_law
 
+from vllm_twist import cli_eval
 from vllm_twist.bounds import Estimate
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table
@@ -242,6 +244,22 @@ def test_command(repo_root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/eval.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_command_loads_what_phi_needs(repo_root: Path, tmp_path: Path) -> None:
+    """The language model in transformers for a continuation and for infilling, and only for these."""
+    (tmp_path / "potential.json").write_text(json.dumps({"type": "continuation", "text": " I returned it."}))
+    args = argparse.Namespace(model=str(repo_root / "models/tiny-reviews"), potential=str(tmp_path), condition_tokens=0)
+    potential, model = cli_eval._load(args)
+    assert isinstance(potential, Continuation) and potential.model is model and len(potential.continuation_ids) == 4
+    args.potential, args.condition_tokens = None, 3
+    potential, model = cli_eval._load(args)
+    assert potential is None and model.config.hidden_size == 128
+    args.condition_tokens = 0
+    with pytest.raises(ValueError, match="`--potential` is missing: name log phi, or pass `--condition-tokens`"):
+        cli_eval._load(args)
+    args.potential = str(repo_root / "models/tiny-reviews-positive")
+    assert isinstance(cli_eval._load(args)[0], TokenLogistic) and cli_eval._load(args)[1] is None
+
+
 def test_plot_of_many_prompts(tmp_path: Path) -> None:
     """Gaps where bounds are missing; six panels at most."""
     from vllm_twist.evaluation import PromptEvaluation, Row
@@ -262,6 +280,8 @@ def test_plot_of_many_prompts(tmp_path: Path) -> None:
         (["--ess-threshold", "0"], "`ess_threshold` must be above 0, got 0.0"),
         (["--prompts", "/nowhere"], "`--prompts` /nowhere cannot be read"),
         (["--prompts", "EMPTY"], "`--prompts` .* must hold a prompt a line, got none"),
+        (["--condition-tokens", "2"], "`--potential` must not be given with `--condition-tokens`, got .*: drop one"),
+        (["--condition-tokens", "-1"], "`condition_tokens` must be at least 0, got -1"),
         (["--potential", "nothing"], "`potential` must be module:attribute"),
     ],
 )
