@@ -81,7 +81,6 @@ def test_unsupported_by_the_device_path(small: Tiny, part: str, name: str, value
     [
         ({"hidden_size": 32}, r"its hidden_size is 32, the model's is 64"),
         ({"vocab_size": 7}, r"its vocab_size is 7, the model's is 4"),
-        ({"conditional": True}, r"`twist_head` must not be conditional, got a conditional head"),
     ],
 )
 def test_head_that_does_not_fit(small: Tiny, tmp_path: Path, changes: dict[str, Any], message: str):
@@ -169,3 +168,28 @@ def test_keyword_is_known_without_and_with_an_import(wide: Tiny, preamble: str):
     """LLM(..., twist_head=...) works whether vllm_twist is imported never, before or after vllm."""
     result = sample(wide, preamble=preamble, twist_head=str(wide.head_path), twist_particles=2)
     assert json.loads(result.removeprefix("RESULT "))[0][2] == ["twist"]
+
+
+def test_model_and_its_graphs_are_vllms_own(small: Tiny):
+    """Beside scheduler, worker, processor and V1's scheduling, a twisted engine is configured as a plain one is.
+
+    So what is compiled and captured in graphs is the model as vLLM runs it: the head and the step come after.
+    """
+    from conftest import ENGINE
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {**ENGINE, "enforce_eager": False}
+    plain, twisted = (
+        EngineArgs(model=str(small.path), **options, **twist).create_engine_config()
+        for twist in ({}, {"twist_head": str(small.head_path)})
+    )
+    assert twisted.compilation_config == plain.compilation_config
+    changed = {
+        (part, name)
+        for part in ("model_config", "parallel_config", "scheduler_config", "cache_config")
+        for name, value in vars(getattr(plain, part)).items()
+        if getattr(getattr(twisted, part), name) != value
+    }
+    ours = {("model_config", "logits_processors"), ("parallel_config", "worker_cls")}
+    ours |= {("scheduler_config", "scheduler_cls"), ("scheduler_config", "async_scheduling")}
+    assert changed <= ours, changed
