@@ -637,6 +637,40 @@ def test_a_resumed_run_with_an_engine_of_its_own(small: Tiny, tmp_path: Path):
     assert_same_run(whole, resumed)
 
 
+DYING = """
+import os, signal, sys, threading, time
+from vllm_twist import TwistHead
+from vllm_twist.engine.sampler import EngineSampler
+
+if __name__ == "__main__":
+    head = TwistHead.from_pretrained(sys.argv[2])
+    options = dict(block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=8, dtype="float32")
+    sampler = EngineSampler(sys.argv[1], head, end_ids=frozenset({1}), max_model_len=64, **options)
+    (process,) = sampler.llm.llm_engine.engine_core.resources.engine_manager.processes
+    os.kill(process.pid, signal.SIGSTOP)  # so that the call is under way when the engine dies
+    threading.Timer(3, os.kill, (process.pid, signal.SIGKILL)).start()
+    try:
+        sampler.set_head(head)
+    except RuntimeError as error:
+        print("said:", error, flush=True)
+    os._exit(0)
+"""
+
+
+def test_an_engine_that_dies_ends_the_run(small: Tiny, tmp_path: Path, repo_root: Path):
+    """The trainer must not wait for ever for an answer that cannot come any more."""
+    (tmp_path / "dying.py").write_text(DYING)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "dying.py"), str(small.path), str(small.head_path)],
+        cwd=repo_root,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "said: the engine that draws has died: its own messages say why" in done.stdout, done.stderr[-3000:]
+
+
 # -- Refusals ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,37 @@ class EngineSampler:
 
         dtype = self.llm.llm_engine.vllm_config.model_config.dtype
         state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in head.state_dict().items()}
-        self.llm.collective_rpc("set_twist_head_weights", args=(save(state),))
+        self._call("set_twist_head_weights", save(state))
+
+    def _call(self, method: str, *args: Any) -> None:
+        """Have the workers run a method.
+
+        vLLM's client waits for the answer of an engine that has died meanwhile for ever; here that is an error.
+        """
+        outcome: list[BaseException | None] = []
+
+        def run() -> None:
+            try:
+                self.llm.collective_rpc(method, args=args)
+                outcome.append(None)
+            except BaseException as error:
+                outcome.append(error)
+
+        resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
+        if resources is None:  # in this process
+            run()
+        else:
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            while thread.is_alive() and not resources.engine_dead:
+                thread.join(0.5)
+        if not outcome:
+            raise RuntimeError(
+                "the engine that draws has died: its own messages say why, a lack of memory is the most common reason; "
+                "a run with checkpoints goes on with `resume`."
+            )
+        if outcome[0] is not None:
+            raise outcome[0]
 
     def sample(self, requests: Sequence[DrawRequest]) -> list[Draws]:
         outputs = self.llm.generate(
