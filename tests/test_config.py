@@ -12,13 +12,13 @@ from vllm_twist.config import SCHEMES, RequestConfig, TwistConfig, did_you_mean,
 
 KNOWN_KEYS = (
     "the known ones are twist, twist_particles, twist_ess_threshold, twist_resampling, twist_scale, "
-    "twist_return_particles, twist_proposal, twist_pinned, twist_trace"
+    "twist_return_particles, twist_proposal, twist_pinned, twist_condition, twist_trace"
 )
 
 
 def test_defaults() -> None:
     """What README and --help promise."""
-    assert dataclasses.astuple(RequestConfig()) == (16, 0.5, "systematic", 1.0, False, "twist", None, False)
+    assert dataclasses.astuple(RequestConfig()) == (16, 0.5, "systematic", 1.0, False, "twist", None, None, False)
 
 
 def test_names_are_the_same_everywhere() -> None:
@@ -28,7 +28,7 @@ def test_names_are_the_same_everywhere() -> None:
     assert [name.removeprefix("twist_") for name in names[1:-2]] == [f.name for f in engine_options()]
     assert names[-2:] == ("twist_potential", "twist_potential_timeout")
     own = {f.name for f in dataclasses.fields(RequestConfig)} - {f.name for f in engine_options()}
-    assert own == {"proposal", "pinned", "trace"}
+    assert own == {"proposal", "pinned", "condition", "trace"}
     for name in own:
         with pytest.raises(ValueError, match=f"unknown option `twist_{name}`"):
             TwistConfig.from_options({"twist_head": "head", f"twist_{name}": "x"})
