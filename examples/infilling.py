@@ -54,11 +54,11 @@ class Setting:
 
     short: tuple[int, int] = (2, 1)
     long: tuple[int, int] = (8, 5)
-    updates: tuple[int, int] = (80, 200)
+    updates: tuple[int, int] = (80, 100)
     conditions: int = 32
     batch: int = 8
     particles: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: tuple[int, int] = (150, 60)
+    repeats: tuple[int, int] = (100, 24)
     fill: int = 64
     examples: int = 5
 
