@@ -8,13 +8,11 @@ groups, and those of ``cases_v2``. A test here stands for all cases of one test 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from elsewhere import Line
-from paths import PATHS, outcome
 from runners import ENVIRONMENT
 
 MODES = ("v2", "v2-async")
@@ -67,16 +65,16 @@ OWN = [
 
 
 def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
-    """Run what was selected in a process per mode, which gets the outcomes of the paths on Model Runner V1."""
+    """Run what was selected in a process per mode, after one that finds the outcomes of the paths on V1."""
     items = [item for item in request.session.items if item.path == Path(__file__)]
-    folder = request.getfixturevalue("tmp_path_factory").mktemp("v1")
-    reference, engine = folder / "reference.json", request.getfixturevalue("engine")
-    reference.write_text(json.dumps({path.name: outcome(engine, request, path) for path in PATHS}))
+    make_folder = request.getfixturevalue("tmp_path_factory").mktemp
+    reference = make_folder("reference") / "outcomes.json"
+    line.add("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
     for mode in MODES:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:
             environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
-            line.add(mode, chosen, environment, request.getfixturevalue("tmp_path_factory").mktemp(mode))
+            line.add(mode, chosen, environment, make_folder(mode))
 
 
 @pytest.fixture(scope="module")
