@@ -21,6 +21,7 @@ from vllm_twist.bounds import (
     iwae,
     kl_q_sigma,
     kl_sigma_q,
+    paired_midpoint,
     rejection,
     tightest,
     unbiased_log_z,
@@ -36,6 +37,24 @@ def proposal_law(base: bool = False) -> tuple[Tensor, Tensor]:
         step = SUB.log_p(prefix) if base else torch.log_softmax(SUB.log_p(prefix) + SUB.log_psi(prefix), -1)
         log_q += step.gather(-1, TOY.sequences[:, t : t + 1])[:, 0]
     return log_q.exp(), TOY.log_joint - log_q
+
+
+def test_midpoint_of_pairs_keeps_what_the_targets_differ_in() -> None:
+    """Targets that differ by far more than their bounds: the interval holds the mean in 95% of 2,000 runs.
+
+    Between 93.5% and 96.5%, three standard errors. Bounds taken for independent are sure of too much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    covered = {"paired": 0, "independent": 0}
+    for _ in range(2000):
+        log_z = 3 * torch.randn(200, generator=generator, dtype=torch.float64)
+        lower, upper = (log_z + 0.02 * torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(2))
+        for name, found in (
+            ("paired", paired_midpoint(lower.tolist(), upper.tolist())),
+            ("independent", Sandwich(estimate(lower), estimate(upper)).log_z),
+        ):
+            covered[name] += abs(found.mean) <= found.ci95
+    assert 1870 <= covered["paired"] <= 1930 and covered["independent"] < 1750, covered
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,19 @@ class Sandwich:
         )
 
 
+def paired_midpoint(lower: Sequence[float], upper: Sequence[float]) -> Estimate:
+    """Return the mid-point of bounds that were measured in pairs, on the same targets; as ``Sandwich.log_z``.
+
+    What the targets differ in moves both bounds alike, so that the interval is that of the pairs' own mid-points.
+
+    Raises:
+        ValueError: as ``estimate``, or lengths that differ.
+    """
+    middle = estimate([(low + high) / 2 for low, high in zip(lower, upper, strict=True)])
+    gap = sum(high - low for low, high in zip(lower, upper, strict=True)) / len(lower)
+    return Estimate(middle.mean, max(gap, 0.0) / 2 + middle.ci95)
+
+
 def tightest(sandwiches: Sequence[Sandwich]) -> Sandwich:
     """Return the sandwich whose mid-point has the narrowest interval."""
     return min(sandwiches, key=lambda sandwich: sandwich.log_z.ci95)

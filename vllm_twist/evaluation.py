@@ -24,6 +24,7 @@ from vllm_twist.bounds import (
     estimate,
     kl_q_sigma,
     kl_sigma_q,
+    paired_midpoint,
     rejection,
     tightest,
     unbiased_log_z,
@@ -398,10 +399,10 @@ class _Infilling(_Prompt):
         missed = sum(value == -math.inf for value in f_q)
         return PromptEvaluation(
             prompt=self.prompt,
-            log_z=Sandwich(estimate(lower), estimate(upper)).log_z,
+            log_z=paired_midpoint(lower, upper),
             log_z_from="mid-point of the tightest bounds, mean over o_T",
-            kl_q_sigma=None if missed else Sandwich(estimate(_minus(lower, f_q)), estimate(_minus(upper, f_q))).log_z,
-            kl_sigma_q=Sandwich(estimate(_minus(g_q, upper)), estimate(_minus(g_q, lower))).log_z,
+            kl_q_sigma=None if missed else paired_midpoint(_minus(lower, f_q), _minus(upper, f_q)),
+            kl_sigma_q=paired_midpoint(_minus(g_q, upper), _minus(g_q, lower)),
             rows=rows,
             exact_samples=len(pairs),
             draws=draws,
