@@ -416,7 +416,9 @@ def test_zero_weights_of_some_are_no_failure(clean, wide: Tiny, monkeypatch, val
 def test_all_weights_zero_end_the_request(clean, wide: Tiny, monkeypatch):
     """A twist of zero everywhere leaves no weight in the group, which is an error that says so."""
     head = worker_of(clean(wide)).readout.head
-    monkeypatch.setattr(worker_of(clean(wide)).readout, "head", lambda hidden: head(hidden) - math.inf)
+    monkeypatch.setattr(
+        worker_of(clean(wide)).readout, "head", lambda hidden, **given: head(hidden, **given) - math.inf
+    )
     (bad,) = generate(clean(wide), [prompt_of(9)], params(max_tokens=10, twist_particles=4))
     with pytest.raises(RuntimeError, match="all zero"):
         results(bad)
