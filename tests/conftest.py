@@ -10,8 +10,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # Threads that wait for each other on a shared machine cost far more than they give at this size.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# GiB. The engines here say how much they want; by default vLLM also asks whether nearly all memory is free.
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# It would override what each engine here asks for: gigabytes, for there are many of them.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from collections.abc import Iterator
 from pathlib import Path
