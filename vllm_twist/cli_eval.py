@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, plot, table
 from vllm_twist.potentials import Potential, load_potential, reads_model
 
@@ -70,6 +68,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Potential | None, Any]:
     """Return the potential, if there is one, and the language model in transformers, if it takes part in phi."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if args.potential is None:
         if not args.condition_tokens:
             raise ValueError("`--potential` is missing: name log phi, or pass `--condition-tokens` for infilling.")

@@ -368,15 +368,18 @@ class _Infilling(_Prompt):
             )
             rows = [Row(*kind, None, None, reason) for kind in kinds]
             return PromptEvaluation(self.prompt, None, None, None, None, rows, len(pairs), draws, reason)
+        targets = [
+            Continuation(
+                self.evaluator.model,
+                condition,
+                prompt_ids=self.prompt_ids,
+                eos_token_id=self.evaluator.tokenizer.eos_token_id,
+            )
+            for _, condition in pairs
+        ]
         asked, potentials = [], []
         for kind in (*kinds, self.Q):
-            for i, (pinned, condition) in enumerate(pairs):
-                phi = Continuation(
-                    self.evaluator.model,
-                    condition,
-                    prompt_ids=self.prompt_ids,
-                    eos_token_id=self.evaluator.tokenizer.eos_token_id,
-                )
+            for i, ((pinned, condition), phi) in enumerate(zip(pairs, targets, strict=True)):
                 asked += [
                     self._params(*kind, f"lower {i}", None, condition),
                     self._params(*kind, f"upper {i}", pinned, condition),

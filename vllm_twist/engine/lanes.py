@@ -55,6 +55,12 @@ class LaneSpec:
     position: int = 0
 
 
+def conditions_of(specs: Iterable[LaneSpec]) -> np.ndarray | None:
+    """Return the lanes' conditions, float32 [L, H]; None where the head reads none."""
+    given = [np.frombuffer(spec.condition, np.float32) for spec in specs if spec.condition is not None]
+    return np.stack(given) if given else None
+
+
 @dataclass
 class TwistStep:
     """What one step did to the lanes in the batch; the scheduler mirrors it.
@@ -150,11 +156,8 @@ class _Layout:
         self.schemes = tensor([spec.scheme for spec in firsts])
         group_seeds = tensor([spec.seed for spec in firsts])
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
-        conditions = [spec.condition for spec in specs if spec.condition is not None]
-        self.conditions = None
-        if conditions:
-            values = np.stack([np.frombuffer(condition, np.float32) for condition in conditions])
-            self.conditions = torch.from_numpy(values).to(device)
+        conditions = conditions_of(specs)
+        self.conditions = None if conditions is None else torch.from_numpy(conditions).to(device)
         self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
         # Lane 0 of a group is its first member, unless it has ended.
         pinned = [spec.pinned is not None for spec in firsts]

@@ -18,6 +18,8 @@ from vllm_twist.twist import TwistHead
 
 #: Most sequences in one batch of the engine, unless one request needs more.
 MAX_NUM_SEQS = 1024
+#: Most tokens in one step of an engine on a CPU; a compiled one computes as many to warm up.
+MAX_TOKENS_PER_STEP = 2**14
 
 
 class EngineSampler:
@@ -75,8 +77,9 @@ class EngineSampler:
                 **engine_args,
             }
             if not torch.cuda.is_available():
-                # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let all of them fit into one.
-                options.setdefault("max_num_batched_tokens", max(2048, options["max_num_seqs"] * max_model_len))
+                # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let them all fit into one.
+                whole = min(options["max_num_seqs"] * options["max_model_len"], MAX_TOKENS_PER_STEP)
+                options.setdefault("max_num_batched_tokens", max(2048, whole))
             if not options.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}:
                 options["kv_cache_memory_bytes"] = _kv_cache_bytes(
                     model, options["max_num_seqs"], options["max_model_len"], 4 if dtype in ("auto", "float32") else 2

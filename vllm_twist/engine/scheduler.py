@@ -138,24 +138,12 @@ class TwistSchedulerMixin(_Base):
 
     def _read_condition(self, group: Group, condition: tuple[int, ...]) -> None:
         """Let a plain request compute o_T; the group is staged when the worker sends back its last hidden state."""
-        leader = group.leader
         request_id = _condition_id(group)
         # Greedy: it must take nothing from the generator that unseeded requests share.
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={CONDITION_KEY: request_id})
         self.reading[request_id] = group
         self.staged.add_request(
-            Request(
-                request_id=request_id,
-                prompt_token_ids=list(condition),
-                sampling_params=params,
-                pooling_params=None,
-                client_index=leader.client_index,
-                arrival_time=leader.arrival_time,
-                cache_salt=leader.cache_salt,
-                priority=leader.priority,
-                trace_headers=leader.trace_headers,
-                block_hasher=leader._block_hasher,
-            )
+            _request_of(group, request_id, list(condition), params, block_hasher=group.leader._block_hasher)
         )
 
     def _take_conditions(self, step: TwistStep) -> None:
@@ -518,17 +506,8 @@ class TwistSchedulerMixin(_Base):
         leader_blocks = tables.req_to_blocks[leader.request_id]
         for index in range(1, group.settings.particles):
             lane_id = group.lane_id(index)
-            request = Request(
-                request_id=lane_id,
-                prompt_token_ids=leader.prompt_token_ids,
-                sampling_params=self._lane_params(group, index),
-                pooling_params=None,
-                client_index=leader.client_index,
-                arrival_time=leader.arrival_time,
-                cache_salt=leader.cache_salt,
-                priority=leader.priority,
-                trace_headers=leader.trace_headers,
-            )
+            # Its hashes are the leader's: no hasher yet, which would find them anew.
+            request = _request_of(group, lane_id, leader.prompt_token_ids, self._lane_params(group, index))
             request.max_tokens = leader.max_tokens
             request._block_hasher = leader._block_hasher
             request.block_hashes = list(leader.block_hashes)
@@ -560,12 +539,12 @@ class TwistSchedulerMixin(_Base):
         for batch in outputs.values():
             kept = []
             for output in batch.outputs:
-                group = self.group_of.get(output.request_id)
                 if output.request_id in self.reading:
                     if output.finish_reason is not None:
                         del self.reading[output.request_id]
                         (batch.finished_requests or set()).discard(output.request_id)
                     continue
+                group = self.group_of.get(output.request_id)
                 if group is None:
                     kept.append(output)
                     continue
@@ -707,6 +686,25 @@ class TwistSchedulerMixin(_Base):
 def _condition_id(group: Group) -> str:
     """Return the id of the request that computes the group's condition."""
     return f"{group.id}/condition"
+
+
+def _request_of(
+    group: Group, request_id: str, prompt_token_ids: Any, params: SamplingParams, block_hasher: Any = None
+) -> Request:
+    """Return a request that the engine makes for a group, and treats as its client's."""
+    leader = group.leader
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        sampling_params=params,
+        pooling_params=None,
+        client_index=leader.client_index,
+        arrival_time=leader.arrival_time,
+        cache_salt=leader.cache_salt,
+        priority=leader.priority,
+        trace_headers=leader.trace_headers,
+        block_hasher=block_hasher,
+    )
 
 
 def _length(request: Request) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_twist.engine.lanes import LaneSpec, lineage_logprobs
+from vllm_twist.engine.lanes import LaneSpec, conditions_of, lineage_logprobs
 from vllm_twist.kernels import ops, reference
 
 NO_LOGPROBS = -1
@@ -196,12 +196,11 @@ class SlotTable:
             self.pinned, width = torch.nn.functional.pad(self.pinned, (0, longest - width), value=-1), longest
         write(self.pinned, [[*tokens, *([-1] * (width - len(tokens)))] for tokens in held])
         write(self.inverse_temperature, [spec.inverse_temperature for spec in specs])
-        conditions = [spec.condition for spec in specs if spec.condition is not None]
-        if conditions:
-            values = np.stack([np.frombuffer(condition, np.float32) for condition in conditions])
+        conditions = conditions_of(specs)
+        if conditions is not None:
             if self.conditions is None:
-                self.conditions = torch.zeros(self.num_slots, values.shape[1], device=self.device)
-            write(self.conditions, values)
+                self.conditions = torch.zeros(self.num_slots, conditions.shape[1], device=self.device)
+            write(self.conditions, conditions)
         self._staged.clear()
 
     def _lay_out(self) -> None:
