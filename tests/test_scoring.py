@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_conditional import exact_samples, run_pinned
 from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
+from test_pinned import exact_samples, run_pinned
 from tiny import Law, Tiny, enumerate_law
 
 from vllm_twist import TwistConfig, results
