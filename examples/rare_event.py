@@ -46,7 +46,7 @@ class Setting:
     """The size of a run.
 
     Attributes:
-        threshold: what the classifier's logit has to reach; 4.6 is a probability of 0.99.
+        threshold: what the classifier's logit has to reach; 4.8 is a probability of 0.992.
         reviews: reviews per class that the classifier is trained on.
         soft_updates: updates towards p0 exp(r), which lead to where the event is.
         updates: updates towards p0 phi.
@@ -56,7 +56,7 @@ class Setting:
         draws: samples of p0, for the event's probability and for exact samples of sigma.
     """
 
-    threshold: float = 4.6
+    threshold: float = 4.8
     reviews: int = 4000
     soft_updates: int = 30
     updates: int = 80
