@@ -92,11 +92,29 @@ def softmax_cases(rows: list[int], vocabularies: list[int], types: list[torch.dt
                 )
 
 
+def low_rank_step(
+    logits: Tensor,
+    z: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    ancestors: Tensor,
+    keys: Tensor,
+    *,
+    op: Any = reference,
+    kept: bool = False,
+) -> Any:
+    """Log-sums and draw of a low-rank head's step, its values kept in factors or written out."""
+    twist = reference.LowRank(z, up, bias) if kept else torch.nn.functional.linear(z, up, bias)
+    lse0, _ = op.twist_softmax(logits, twist)
+    return op.twist_sample(logits, twist, lse0, ancestors, keys)
+
+
 def head_cases(rows: list[int], vocab: int, hidden: int, rank: int, dtype: torch.dtype, device: Any) -> Iterator[Case]:
     """Heads with their softmax: is there anything to gain by fusing the two, or two products into one?
 
     ``low_rank``: the values of the head written out and streamed in again, against ``torch.compile`` of both
-    together, which may keep them on the chip. ``tied``: the model's rows and the head's through the LM head in one
+    together, which may keep them on the chip; and a whole step, softmax and draw, with the values kept in factors by
+    kernels of our own or written out. ``tied``: the model's rows and the head's through the LM head in one
     product, as the engine does it, against one product for each.
     """
 
@@ -121,6 +139,20 @@ def head_cases(rows: list[int], vocab: int, hidden: int, rank: int, dtype: torch
             low_rank,
             (logits, h, down, up, bias),
         )
+
+        lanes = torch.arange(n, device=device)
+        keys = reference.lane_keys(lanes, reference.TOKEN_STREAM, lanes)
+        drawn = logits, linear(h, down), up, bias, lanes.flip(0), keys
+        for kept, passes in ((True, 2), (False, 5)):
+            yield Case(
+                f"low_rank step, {'in factors' if kept else 'written out'}",
+                size,
+                name,
+                (passes * n * vocab + (2 if kept else 1) * vocab * rank) * dtype.itemsize,
+                lambda drawn=drawn, kept=kept: low_rank_step(*drawn, op=ops, kept=kept),
+                low_rank_step,
+                drawn,
+            )
 
         def two_products(h: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
             return linear(h, lm_head), linear(update, lm_head)
@@ -159,7 +191,7 @@ def group_cases(sizes: list[tuple[int, int]], layers: int, device: Any) -> Itera
         )
         members = lanes.int().reshape(g, k)
         counts = torch.full((g,), k, dtype=torch.int32, device=device)
-        table_of = reference.Groups(members, counts, ones.double(), schemes, lanes[:g])
+        table_of = reference.Groups(members, counts, ones.double(), schemes, lanes[:g], counts, lanes[:g].int())
         sums = torch.zeros(n, device=device), log_w.reshape(-1).clone()
         step = (state, table_of, members.reshape(-1), *sums)
         yield Case(

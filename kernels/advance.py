@@ -1,7 +1,7 @@
 """The bookkeeping of one step in two Triton launches; ``reference`` has the specification.
 
-``advance`` holds one group in one program, as ``resample`` does; ``settle`` one lane. The state lies in
-tensors by slot, so that neither launch depends on who is in the batch.
+Both hold one group in one program, as ``resample`` does. The state lies in tensors by slot, so that neither
+launch depends on who is in the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import REPORT, Advance, Groups, Lanes
+from .reference import REPORT, Advance, Groups, Lanes, Totals
 from .resample import _resample, program_of
 from .twist_softmax import OPTIONS, counter_uniform
 
@@ -103,7 +103,7 @@ def advance_kernel(
     tl.store(out_resampled + row, here & fires, mask=inside)
 
 
-@triton.jit(do_not_specialize=["lanes"])
+@triton.jit(do_not_specialize=["members_stride", "width", "lanes"])
 def settle_kernel(
     log_w,
     log_ps,
@@ -112,37 +112,81 @@ def settle_kernel(
     lasts,
     ended,
     stops,
-    slots,
+    members,
+    particles,
+    total_rows,
+    left,
+    log_z,
+    num_resamplings,
+    row_of,
     ancestors,
     carried,
     resampled,
     tokens,
     token_log_ps,
     token_log_psis,
+    gains,
     report,
+    members_stride,
+    width,
     lanes,
+    K: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Record what one lane has drawn. Streamed: its draw. Saved: its state, and its column of the report."""
-    lane = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + lane)
-    token = tl.load(tokens + lane)
-    log_p = tl.load(carried + lane) + tl.load(token_log_ps + lane).to(tl.float64)
-    log_psi = tl.load(token_log_psis + lane)
+    """Record what the lanes of one group have drawn.
+
+    Streamed: their draws and their state, once. Saved: their state and the group's totals, in place, and their
+    columns of the report.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, K)
+    slot = tl.load(members + group * members_stride + lane, mask=lane < width, other=-1).to(tl.int64)
+    member = slot >= 0
+    slot = tl.where(member, slot, 0)
+    row = tl.load(row_of + slot, mask=member, other=-1).to(tl.int64)
+    inside = row >= 0
+    row = tl.where(inside, row, 0)
+    here = inside & (tl.load(ended + slot, mask=member, other=0) == 0)
+
+    token = tl.load(tokens + row, mask=here, other=-1)
+    stopped = tl.load(positions + slot, mask=here, other=0) >= tl.load(lasts + slot, mask=here, other=0)
+    for i in range(S):
+        stopped = stopped | (tl.load(stops + slot * S + i, mask=here, other=-1) == token)
+    tl.store(ended + slot, stopped, mask=here)
+
+    weight = tl.load(log_w + slot, mask=member, other=-float("inf"))
+    if gains is not None:
+        weight += tl.load(gains + row, mask=here, other=0.0).to(tl.float64)
+        tl.store(log_w + slot, weight, mask=here)
+    log_p = tl.load(carried + row, mask=here, other=0.0)
+    log_p += tl.load(token_log_ps + row, mask=here, other=0.0).to(tl.float64)
+    tl.store(log_ps + slot, log_p, mask=here)
+    log_p = tl.where(here, log_p, tl.load(log_ps + slot, mask=inside & ~here, other=0.0))
+    log_psi = tl.load(token_log_psis + row, mask=here, other=0.0)
     log_psi = tl.where((log_psi == log_psi) & (tl.abs(log_psi) < float("inf")), log_psi, 0.0)
-    if tl.load(ended + slot) != 0:
-        log_p = tl.load(log_ps + slot)
-        log_psi = tl.load(log_psis + slot)
-    else:
-        stopped = tl.max((tl.load(stops + slot * S + tl.arange(0, S)) == token).to(tl.int32), axis=0) > 0
-        tl.store(log_ps + slot, log_p)
-        tl.store(log_psis + slot, log_psi)
-        tl.store(ended + slot, stopped | (tl.load(positions + slot) >= tl.load(lasts + slot)))
-    tl.store(report + lane, tl.load(ancestors + lane).to(tl.float64))
-    tl.store(report + lanes + lane, tl.load(log_w + slot))
-    tl.store(report + 2 * lanes + lane, log_p)
-    tl.store(report + 3 * lanes + lane, log_psi.to(tl.float64))
-    tl.store(report + 4 * lanes + lane, (tl.load(resampled + lane) != 0).to(tl.float64))
+    tl.store(log_psis + slot, log_psi, mask=here)
+    log_psi = tl.where(here, log_psi, tl.load(log_psis + slot, mask=inside & ~here, other=0.0))
+
+    # Sums with a NaN are NaN, whatever the maximum says; with +inf they are +inf.
+    place = tl.load(total_rows + group).to(tl.int64)
+    outside = tl.load(left + place)
+    top = tl.maximum(tl.max(weight, axis=0), outside)
+    shift = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+    total = tl.sum(tl.exp(weight - shift), axis=0) + tl.exp(outside - shift)
+    estimate = shift + tl.log(total) - tl.log(tl.load(particles + group).to(tl.float64))
+    fired = tl.load(resampled + row, mask=inside, other=0) != 0
+    count = tl.load(num_resamplings + place) + tl.max(fired.to(tl.int32), axis=0)
+    touched = tl.max(inside.to(tl.int32), axis=0) > 0
+    tl.store(log_z + place, estimate, mask=touched)
+    tl.store(num_resamplings + place, count, mask=touched)
+
+    tl.store(report + row, tl.load(ancestors + row, mask=inside, other=0).to(tl.float64), mask=inside)
+    tl.store(report + lanes + row, weight, mask=inside)
+    tl.store(report + 2 * lanes + row, log_p, mask=inside)
+    tl.store(report + 3 * lanes + row, log_psi.to(tl.float64), mask=inside)
+    tl.store(report + 4 * lanes + row, fired.to(tl.float64), mask=inside)
+    tl.store(report + 5 * lanes + row, tl.zeros_like(weight) + estimate, mask=inside)
+    tl.store(report + 6 * lanes + row, tl.zeros_like(weight) + count, mask=inside)
 
 
 def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi: Tensor) -> Advance:
@@ -157,7 +201,12 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
         k, warps = program_of(width)
         advance_kernel[(n,)](
             *lanes[:-1],
-            *groups,
+            groups.members,
+            groups.sizes,
+            groups.thresholds,
+            groups.schemes,
+            groups.keys,
+            groups.pinned,
             row_of,
             lse0,
             lse_psi,
@@ -172,12 +221,24 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
     return moved
 
 
-def settle(lanes: Lanes, slots: Tensor, moved: Advance, token: Tensor, log_p: Tensor, log_psi: Tensor) -> Tensor:
-    """Settle as ``reference.settle`` does, in one launch; the number of stops is a power of two."""
-    count = len(slots)
-    report = torch.empty(len(REPORT), count, dtype=torch.float64, device=slots.device)
-    if count:
-        settle_kernel[(count,)](
+def settle(
+    lanes: Lanes,
+    groups: Groups,
+    totals: Totals,
+    row_of: Tensor,
+    moved: Advance,
+    token: Tensor,
+    log_p: Tensor,
+    log_psi: Tensor,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Settle as ``reference.settle`` does, all groups in one launch; the number of stops is a power of two."""
+    count = len(token)
+    report = torch.empty(len(REPORT), count, dtype=torch.float64, device=token.device)
+    n, width = groups.members.shape
+    if n and count:
+        k, warps = program_of(width)
+        settle_kernel[(n,)](
             lanes.log_w,
             lanes.log_p,
             lanes.log_psi,
@@ -185,17 +246,25 @@ def settle(lanes: Lanes, slots: Tensor, moved: Advance, token: Tensor, log_p: Te
             lanes.last,
             lanes.ended,
             lanes.stops,
-            slots,
+            groups.members,
+            groups.particles,
+            groups.rows,
+            *totals,
+            row_of,
             moved.ancestors,
             moved.log_p,
             moved.resampled,
             token,
             log_p,
             log_psi,
+            gain,
             report,
+            groups.members.stride(0),
+            width,
             count,
+            K=k,
             S=lanes.stops.shape[1],
-            num_warps=1,
+            num_warps=warps,
             **OPTIONS,
         )
     return report

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Advance, Groups, Lanes, LowRank
+from .reference import Advance, Groups, Lanes, LowRank, Totals
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTS = (torch.int32, torch.int64)
@@ -302,6 +302,28 @@ def _check_state(lanes: Lanes, device: torch.device) -> None:
         )
 
 
+def _check_groups(groups: Groups, row_of: Tensor, slots: int, device: torch.device) -> int:
+    """Return K of groups whose tensors fit together."""
+    _check(
+        "groups.members", groups.members, (None, None), (torch.int32,), device, "pass slots, -1 for none", dense=True
+    )
+    count, width = groups.members.shape
+    types = (torch.int32, torch.float64, torch.int64, torch.int64, torch.int32, torch.int32, torch.bool)
+    for name, x, dtype in zip(Groups._fields[1:], groups[1:], types, strict=True):
+        if x is not None:
+            _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
+    _check("row_of", row_of, (slots,), (torch.int32,), device, "pass a row per slot, or -1", dense=True)
+    return width
+
+
+def _check_width(width: int) -> None:
+    if width > MAX_LANES:
+        raise ValueError(
+            f"`groups.members` must have at most {MAX_LANES} lanes per group for Triton, got {width}: pass "
+            "backend='torch'."
+        )
+
+
 def advance(
     lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi: Tensor, *, backend: str = "auto"
 ) -> Advance:
@@ -327,24 +349,12 @@ def advance(
     """
     device = lse0.device
     _check_state(lanes, device)
-    _check(
-        "groups.members", groups.members, (None, None), (torch.int32,), device, "pass slots, -1 for none", dense=True
-    )
-    count, width = groups.members.shape
-    types = (torch.int32, torch.float64, torch.int64, torch.int64, torch.bool)
-    for name, x, dtype in zip(Groups._fields[1:], groups[1:], types, strict=True):
-        if x is not None:
-            _check(f"groups.{name}", x, (count,), (dtype,), device, "pass one value per group", dense=True)
-    _check("row_of", row_of, (len(lanes.log_w),), (torch.int32,), device, "pass a row per slot, or -1", dense=True)
+    width = _check_groups(groups, row_of, len(lanes.log_w), device)
     _check("lse0", lse0, (None,), (torch.float32,), device, "pass what twist_softmax returned")
     _check("lse_psi", lse_psi, (len(lse0),), (torch.float32,), device, "pass what twist_softmax returned")
     if not _triton(backend, device):
         return reference.advance(lanes, groups, row_of, lse0, lse_psi)
-    if width > MAX_LANES:
-        raise ValueError(
-            f"`groups.members` must have at most {MAX_LANES} lanes per group for Triton, got {width}: pass "
-            "backend='torch'."
-        )
+    _check_width(width)
     from . import advance as fused
 
     return fused.advance(lanes, groups, row_of, *_dense(lse0, lse_psi))
@@ -352,11 +362,14 @@ def advance(
 
 def settle(
     lanes: Lanes,
-    slots: Tensor,
+    groups: Groups,
+    totals: Totals,
+    row_of: Tensor,
     moved: Advance,
     token: Tensor,
     log_p: Tensor,
     log_psi: Tensor,
+    gain: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -364,31 +377,44 @@ def settle(
 
         log_p   = that of the ancestor + log p0(token)
         log_psi = log psi(token)                             0 where that is not finite: the weight is zero, or NaN
+        log_w  += gain
         ended   = token in stops  or  position = last
 
-    A lane that had ended before stays as it is.
+    A lane that had ended before stays as it is. Then, for the groups that have a lane in the batch:
+
+        log_z            = log(sum of the weights of all members + exp(left)) - log(particles)
+        num_resamplings += whether the group resampled
 
     Args:
-        lanes: the state by slot; ``log_p``, ``log_psi`` and ``ended`` are updated in place.
-        slots: of the lanes in the batch, int64 [L], no two alike.
+        lanes: the state by slot; ``log_w``, ``log_p``, ``log_psi`` and ``ended`` are updated in place.
+        groups, row_of: as in ``advance``.
+        totals: of the groups, by ``groups.rows``; ``log_z`` and ``num_resamplings`` are updated in place.
         moved: what ``advance`` returned.
         token, log_p, log_psi: int64, float32 and float32 [L] (``twist_sample``).
-        backend: "auto", "triton" or "torch".
+        gain: what the token adds to the weight, float32 [L]; None for nothing.
+        backend: "auto", "triton" (K up to 1,024) or "torch".
 
     Raises:
         ValueError: a type, shape, device or backend that does not fit.
     """
     device = token.device
     _check_state(lanes, device)
-    _check("slots", slots, (None,), (torch.int64,), device, "pass the slot of each lane in the batch", dense=True)
-    values = (("token", token, torch.int64), ("log_p", log_p, torch.float32), ("log_psi", log_psi, torch.float32))
-    for name, x, dtype in values:
-        _check(name, x, (len(slots),), (dtype,), device, "pass what twist_sample returned", dense=True)
+    width = _check_groups(groups, row_of, len(lanes.log_w), device)
+    rows = (None,)
+    for name, x, dtype in zip(Totals._fields, totals, (torch.float64, torch.float64, torch.int32), strict=True):
+        _check(f"totals.{name}", x, rows, (dtype,), device, "pass one value per row of `groups.rows`", dense=True)
+        rows = (len(x),)
+    drawn = (("token", token, torch.int64), ("log_p", log_p, torch.float32), ("log_psi", log_psi, torch.float32))
+    for name, x, dtype in drawn:
+        _check(name, x, (len(token),), (dtype,), device, "pass what twist_sample returned", dense=True)
+    if gain is not None:
+        _check("gain", gain, (len(token),), (torch.float32,), device, "pass one value per lane, or None", dense=True)
     if not _triton(backend, device):
-        return reference.settle(lanes, slots, moved, token, log_p, log_psi)
+        return reference.settle(lanes, groups, totals, row_of, moved, token, log_p, log_psi, gain)
+    _check_width(width)
     from . import advance as fused
 
-    return fused.settle(lanes, slots, moved, token, log_p, log_psi)
+    return fused.settle(lanes, groups, totals, row_of, moved, token, log_p, log_psi, gain)
 
 
 class BlockSegments(NamedTuple):

@@ -352,6 +352,8 @@ class Groups(NamedTuple):
         thresholds: of the ESS, as a fraction of the live lanes, float64 [G].
         schemes: codes into ``SCHEMES``, int64 [G].
         keys: of ``lane_keys``, for resampling, int64 [G].
+        particles: how many lanes each group had when it began, int32 [G].
+        rows: of each group in ``Totals``, int32 [G], no two alike.
         pinned: whether lane 0 carries a given particle, bool [G] (``resample``); None where it never does.
     """
 
@@ -360,7 +362,24 @@ class Groups(NamedTuple):
     thresholds: Tensor
     schemes: Tensor
     keys: Tensor
+    particles: Tensor
+    rows: Tensor
     pinned: Tensor | None = None
+
+
+class Totals(NamedTuple):
+    """What has come of whole groups so far, in R rows; written in place.
+
+    Attributes:
+        left: log of the summed weights of particles that have ended and are members no more, float64 [R]; -inf
+            for none.
+        log_z: log of the estimate of Z, float64 [R] (nats).
+        num_resamplings: how often each group has resampled, int32 [R].
+    """
+
+    left: Tensor
+    log_z: Tensor
+    num_resamplings: Tensor
 
 
 class Advance(NamedTuple):
@@ -424,31 +443,71 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
 
 
 #: Rows of the report of ``settle``.
-REPORT = ("ancestors", "log_w", "log_p", "log_psi", "resampled")
+REPORT = ("ancestors", "log_w", "log_p", "log_psi", "resampled", "log_z", "num_resamplings")
 
 
-def settle(lanes: Lanes, slots: Tensor, moved: Advance, token: Tensor, log_p: Tensor, log_psi: Tensor) -> Tensor:
+def settle(
+    lanes: Lanes,
+    groups: Groups,
+    totals: Totals,
+    row_of: Tensor,
+    moved: Advance,
+    token: Tensor,
+    log_p: Tensor,
+    log_psi: Tensor,
+    gain: Tensor | None = None,
+) -> Tensor:
     """Record the token that each lane has drawn; return a report, float64 [len(REPORT), L].
 
         log_p   = that of the ancestor + log p0(token)
         log_psi = log psi(token)                             0 where that is not finite: the weight is zero, or NaN
+        log_w  += gain
         ended   = token in stops  or  position = last
 
-    A lane that had ended before stays as it is.
+    A lane that had ended before stays as it is. Then, for the groups that have a lane in the batch:
+
+        log_z            = log(sum of the weights of all members + exp(left)) - log(particles)
+        num_resamplings += whether the group resampled
 
     Args:
-        lanes: updated in place: ``log_p``, ``log_psi`` and ``ended``.
-        slots: of the lanes in the batch, int64 [L], no two alike.
+        lanes: updated in place: ``log_w``, ``log_p``, ``log_psi`` and ``ended``.
+        groups, row_of: as in ``advance``.
+        totals: updated in place: ``log_z`` and ``num_resamplings``.
         moved: what ``advance`` returned.
         token, log_p, log_psi: int64, float32 and float32 [L] (``twist_sample``).
+        gain: what the token adds to the weight, float32 [L]; None for nothing.
     """
+    slot, member = groups.members.long().clamp(min=0), groups.members >= 0
+    row = torch.where(member, row_of[slot].long(), -1)
+    inside = row >= 0
+    order = torch.zeros_like(token)
+    slots = order.scatter(0, row[inside], slot[inside])
     before = lanes.ended[slots]
     lanes.log_p[slots] = torch.where(before, lanes.log_p[slots], moved.log_p + log_p)
     log_psi = torch.nan_to_num(log_psi, nan=0.0, posinf=0.0, neginf=0.0)
     lanes.log_psi[slots] = torch.where(before, lanes.log_psi[slots], log_psi)
+    if gain is not None:
+        lanes.log_w[slots] += torch.where(before, 0.0, gain)
     stopped = (lanes.stops[slots] == token[:, None]).any(-1)
     lanes.ended[slots] = before | stopped | (lanes.position[slots] >= lanes.last[slots])
-    columns = moved.ancestors, lanes.log_w[slots], lanes.log_p[slots], lanes.log_psi[slots], moved.resampled
+
+    of_group = order.scatter(0, row[inside], inside.nonzero()[:, 0])
+    touched, at = inside.any(-1), groups.rows.long()
+    weights = torch.where(member, lanes.log_w[slot], float("-inf"))
+    log_z = torch.logsumexp(torch.cat([weights, totals.left[at, None]], 1), -1) - groups.particles.double().log()
+    fired = torch.zeros_like(touched).index_put((of_group[moved.resampled],), torch.ones_like(touched[:1]))
+    totals.log_z[at] = torch.where(touched, log_z, totals.log_z[at])
+    totals.num_resamplings[at] += fired
+    of_total = at[of_group]
+    columns = (
+        moved.ancestors,
+        lanes.log_w[slots],
+        lanes.log_p[slots],
+        lanes.log_psi[slots],
+        moved.resampled,
+        totals.log_z[of_total],
+        totals.num_resamplings[of_total],
+    )
     return torch.stack([column.double() for column in columns])
 
 

@@ -133,9 +133,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         lanes = reference.Lanes(*reals, *ints, torch.zeros(slots, dtype=torch.bool), longs, stops)
         table = torch.empty(g, k, dtype=torch.int32)
         flags = torch.zeros(g, dtype=torch.bool) if pinned else None
-        groups = reference.Groups(table, ints[0][:g], reals[0][:g], longs[:g], longs[:g], flags)
+        groups = reference.Groups(table, ints[0][:g], reals[0][:g], longs[:g], longs[:g], *[ints[0][:g]] * 2, flags)
+        totals = reference.Totals(reals[0], reals[0], ints[0])
         moved = ops.advance(lanes, groups, ints[0], reals[2], reals[2], backend="triton")
-        ops.settle(lanes, longs, moved, longs, reals[2], reals[2], backend="triton")
+        gain = reals[2] if pinned else None
+        ops.settle(lanes, groups, totals, ints[0], moved, longs, reals[2], reals[2], gain, backend="triton")
 
     for k in (16, 64, 256, 1024):
         yield f"step of {k} lanes", lambda k=k: bookkeeping(k)

@@ -402,17 +402,18 @@ def half_the_noise(u):
     return -0.5 * tl.log(-tl.log(1.0 - u))
 
 
+@pytest.mark.parametrize("factors", [False, True], ids=["values", "factors"])
 @pytest.mark.parametrize(
     ("tile", "broken"), [(2048, False), (16, False), (2048, True)], ids=["one piece", "four pieces", "broken sampler"]
 )
 def test_draws_follow_the_twisted_law(
-    tile: int, broken: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches
+    tile: int, broken: bool, factors: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches
 ) -> None:
     """300 lanes on two rows against softmax(l + g) of their ancestor's; false alarm 1e-4 for each row.
 
     Refused: the untwisted law, the other row's, and the right one where the kernel's noise is halved.
     """
-    monkeypatch.setattr(fused, "RACE_TILE", tile)
+    monkeypatch.setattr(low_rank if factors else fused, "RACE_TILE", tile)
     monkeypatch.setattr(fused, "MIN_PIECE", 16)
     if broken:
         monkeypatch.setattr(fused, "_gumbel", half_the_noise)
@@ -422,7 +423,8 @@ def test_draws_follow_the_twisted_law(
     logits, log_psi = torch.full((2, 50), -INF), torch.full((2, 50), 9.0)
     logits[:, allowed], log_psi[:, allowed] = base, twist
     ancestors = torch.arange(n) % 2
-    token, _, _ = ops.twist_sample(logits, log_psi, torch.zeros(2), ancestors, keys_for(n), backend="triton")
+    given = reference.LowRank(torch.eye(2), log_psi.T.contiguous(), torch.zeros(50)) if factors else log_psi
+    token, _, _ = ops.twist_sample(logits, given, torch.zeros(2), ancestors, keys_for(n), backend="triton")
     for row in (0, 1):
         counts = torch.bincount(token[ancestors == row], minlength=50)
         assert counts.sum() == counts[allowed].sum() == n // 2
@@ -431,7 +433,8 @@ def test_draws_follow_the_twisted_law(
         for wrong in (base[row], (base + twist)[1 - row]):
             statistic, quantile = chi_square(counts[allowed].double(), wrong.softmax(-1))
             assert statistic > quantile
-    assert launches.of("race_kernel") == [(n * (1 if tile == 2048 else 4),)]
+    blocks, kernel = (-(-n // low_rank.ROW_BLOCK), "low_rank_race_kernel") if factors else (n, "race_kernel")
+    assert launches.of(kernel) == [(blocks * (1 if tile == 2048 else 4),)]
 
 
 # Low-rank twists in factors.
@@ -688,16 +691,24 @@ def population(seed: int, k: int, g: int = 9, stops: int = 2) -> tuple[reference
     rows[here[torch.randperm(len(here), generator=random)]] = torch.arange(len(here), dtype=torch.int32)
     thresholds = torch.tensor([1.0, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9], dtype=torch.float64)
     pinned = torch.rand(g, generator=random) < 0.5 if seed % 2 else None
-    groups = reference.Groups(members, sizes, thresholds, torch.arange(g) % 4, keys_for(g, seed=seed + 1), pinned)
+    keys, began = keys_for(g, seed=seed + 1), torch.full((g,), k + 1, dtype=torch.int32)
+    where = torch.randperm(g + 2, generator=random)[:g].int()
+    groups = reference.Groups(members, sizes, thresholds, torch.arange(g) % 4, keys, began, where, pinned)
     return lanes, groups, rows
 
 
-def copied(lanes: reference.Lanes) -> reference.Lanes:
-    return reference.Lanes(*(x.clone() for x in lanes))
+def copied(state: Any) -> Any:
+    return type(state)(*(x.clone() for x in state))
 
 
+def no_totals(rows: int) -> reference.Totals:
+    nothing = torch.full((rows,), -INF, dtype=torch.float64)
+    return reference.Totals(nothing, nothing.clone(), torch.zeros(rows, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("gains", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 5, 16, 33, 200])
-def test_advance_and_settle_equal_the_reference(k: int, launches: Launches) -> None:
+def test_advance_and_settle_equal_the_reference(k: int, gains: bool, launches: Launches) -> None:
     """Groups in every state at once, any slots, rows in any order; who resampled and who could not."""
     lanes, groups, row_of = population(k, k)
     slots = row_of.argsort()[-int((row_of >= 0).sum()) :]
@@ -707,19 +718,23 @@ def test_advance_and_settle_equal_the_reference(k: int, launches: Launches) -> N
     token = torch.randint(0, 30, (count,), generator=random)
     log_p, log_psi = torch.randn(2, count, generator=random)
     log_psi[:3] = torch.tensor([INF, -INF, NAN])[:count]
+    gain = torch.randn(count, generator=random) if gains else None
+    totals = no_totals(11)
+    totals.left[groups.rows[:4]] = torch.tensor([-298.0, -INF, -310.0, 0.0], dtype=torch.float64)
+    totals.num_resamplings[:] = torch.arange(11)
     outcome = {}
     for backend in ("triton", "torch"):
-        state = copied(lanes)
+        state, sums = copied(lanes), copied(totals)
         moved = ops.advance(state, groups, row_of, lse0, lse_psi, backend=backend)
-        report = ops.settle(state, slots, moved, token, log_p, log_psi, backend=backend)
-        outcome[backend] = state, moved, report
-    for mine, theirs in zip(outcome["triton"][:2], outcome["torch"][:2], strict=True):
+        report = ops.settle(state, groups, sums, row_of, moved, token, log_p, log_psi, gain, backend=backend)
+        outcome[backend] = state, moved, sums, report
+    for mine, theirs in zip(outcome["triton"][:3], outcome["torch"][:3], strict=True):
         for name, a, b in zip(mine._fields, mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(outcome["triton"][2], outcome["torch"][2], rtol=1e-12, atol=0)
-    assert launches.grids == [("advance_kernel", (9,)), ("settle_kernel", (count,))]
+    torch.testing.assert_close(outcome["triton"][3], outcome["torch"][3], rtol=1e-12, atol=0)
+    assert launches.grids == [("advance_kernel", (9,)), ("settle_kernel", (9,))]
 
-    state, moved, _ = outcome["triton"]
+    state, moved, sums, report = outcome["triton"]
     fired = {g for g in range(9) if any(moved.resampled[row_of[s]] for s in groups.members[g] if s >= 0 <= row_of[s])}
     assert fired <= {0, 1, 2, 8} and (k < 5 or {0, 2} <= fired)
     ended = lanes.ended[slots]
@@ -733,6 +748,44 @@ def test_advance_and_settle_equal_the_reference(k: int, launches: Launches) -> N
     assert state.log_psi.isfinite().all()
     stopped = (lanes.stops[slots] == token[:, None]).any(-1) | (lanes.position[slots] == 11)
     assert torch.equal(state.ended[slots], ended | stopped)
+    for g, (members, at) in enumerate(zip(groups.members, groups.rows, strict=True)):
+        own = members[members >= 0].long()
+        inside = row_of[own[row_of[own] >= 0]].long()
+        weights = torch.cat([state.log_w[own], totals.left[at, None]])
+        if len(inside):
+            expected = weights.logsumexp(0) - math.log(k + 1)
+            torch.testing.assert_close(sums.log_z[at], expected, rtol=1e-12, atol=0)
+        else:
+            assert sums.log_z[at] == totals.log_z[at]
+        assert sums.num_resamplings[at] == totals.num_resamplings[at] + (g in fired)
+        assert (report[5, inside] == sums.log_z[at]).all() and (report[6, inside] == sums.num_resamplings[at]).all()
+    assert torch.equal(sums.left, totals.left)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("weights", "left", "log_z"),
+    [
+        ([-INF, -INF], -INF, -INF),
+        ([-INF, -INF], -3.0, -3.0 - math.log(2)),
+        ([-INF, 800.0], -INF, 800.0 - math.log(2)),
+        ([0.0, NAN], 0.0, NAN),
+        ([0.0, INF], 0.0, INF),
+    ],
+)
+def test_log_z_of_weights_at_the_edge(weights: list[float], left: float, log_z: float, backend: str) -> None:
+    lanes, groups, _ = population(1, 2)
+    totals = no_totals(11)
+    lanes.log_w[groups.members[0].long()] = torch.tensor(weights, dtype=torch.float64)
+    lanes.log_psi[:] = 0
+    totals.left[groups.rows[0]] = left
+    row_of = torch.full_like(lanes.last, -1)
+    row_of[groups.members[0].long()] = torch.arange(2, dtype=torch.int32)
+    groups = groups._replace(particles=torch.full_like(groups.sizes, 2), thresholds=torch.zeros_like(groups.thresholds))
+    zeros = torch.zeros(2)
+    moved = ops.advance(lanes, groups, row_of, zeros, zeros, backend=backend)
+    ops.settle(lanes, groups, totals, row_of, moved, zeros.long(), zeros, zeros, backend=backend)
+    assert totals.log_z[groups.rows[0]].item() == pytest.approx(log_z, rel=1e-12, nan_ok=True)
 
 
 def test_advance_keeps_the_mean_weight_of_a_group() -> None:

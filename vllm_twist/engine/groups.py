@@ -97,6 +97,8 @@ class Group:
     parked: bool = True
     entering: bool = True
     num_resamplings: int = 0
+    #: Log of the estimate of Z (nats) as the worker keeps it; None where the weights are all there is.
+    log_z: float | None = None
     #: Per token of the output: what became of each lane, where the request asked for it.
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     #: Fields of the leader's own outputs that belong into the group's one output.
@@ -130,6 +132,7 @@ class Group:
         """Put phi in the place of psi at each particle's last token, in the order of the lanes."""
         for lane, value in zip(self.lanes.values(), log_phi, strict=True):
             lane.log_w += value - lane.log_psi
+        self.log_z = None
 
     @property
     def pinned_is_impossible(self) -> bool:
@@ -182,7 +185,7 @@ class Group:
                 for lane, log_w in zip(self.lanes.values(), normalised, strict=True)
             ]
         return {
-            "log_z": total - math.log(len(weights)),
+            "log_z": total - math.log(len(weights)) if self.log_z is None else self.log_z,
             "ess": effective_sample_size(weights),
             "num_resamplings": self.num_resamplings,
             "chosen": chosen,

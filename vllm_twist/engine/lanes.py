@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,9 @@ class LaneSpec:
     ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
     ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
 
+    ``particles`` is K; ``left``, the log of the summed weights of the particles that have ended, and
+    ``num_resamplings`` are the group's state when it was last sent.
+
     ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
     that lane 0 is held to. ``condition`` is what a conditional head reads of o_T, float32 [H] as bytes.
     """
@@ -48,6 +52,9 @@ class LaneSpec:
     pinned: tuple[int, ...] | None = None
     condition: bytes | None = None
     inverse_temperature: float = 1.0
+    particles: int = 1
+    left: float = -math.inf
+    num_resamplings: int = 0
     group_size: int = 0
     log_w: float = 0.0
     log_p: float = 0.0
@@ -67,8 +74,9 @@ class TwistStep:
 
     Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w``, ``log_p`` and
     ``log_psi`` hold for the particle each lane carries after the step; ``resampled`` says of each
-    lane whether its group did. ``conditions`` holds the last hidden states, float32 [H] as bytes, of the
-    requests that ask for theirs, by request id.
+    lane whether its group did. ``log_z`` and ``num_resamplings`` are those of each lane's group, from V2, which
+    keeps them on the device; V1 leaves them to the scheduler. ``conditions`` holds the last hidden states,
+    float32 [H] as bytes, of the requests that ask for theirs, by request id.
     """
 
     lane_ids: list[str] = field(default_factory=list)
@@ -77,6 +85,8 @@ class TwistStep:
     log_p: list[float] = field(default_factory=list)
     log_psi: list[float] = field(default_factory=list)
     resampled: list[bool] = field(default_factory=list)
+    log_z: list[float] | None = None
+    num_resamplings: list[int] | None = None
     conditions: dict[str, bytes] = field(default_factory=dict)
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
 

@@ -168,7 +168,7 @@ class StepOutput:
         if self.drawn is None:
             return TwistStep(conditions=conditions)
         assert self.report is not None and self.found is not None and self.num_logprobs is not None
-        ancestors, log_w, log_p, log_psi, resampled = self.report
+        ancestors, log_w, log_p, log_psi, resampled, log_z, num_resamplings = self.report
         lane_ids = [self.req_ids[row] for row in self.found.rows_np]
         logprobs = {}
         if self.logprobs:
@@ -182,6 +182,8 @@ class StepOutput:
             log_p=log_p.tolist(),
             log_psi=log_psi.tolist(),
             resampled=(resampled != 0).tolist(),
+            log_z=log_z.tolist(),
+            num_resamplings=num_resamplings.astype(np.int64).tolist(),
             conditions=conditions,
             logprobs=logprobs,
         )

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
 from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params, read_config
-from vllm_twist.engine.groups import Group, Lane
+from vllm_twist.engine.groups import Group, Lane, log_sum_exp
 from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
 from vllm_twist.kernels.reference import SCHEMES
@@ -168,6 +168,7 @@ class TwistSchedulerMixin(_Base):
             group_id=group.id,
             index=0,
             seed=group.seed,
+            particles=group.settings.particles,
             last_position=group.last_position,
             ess_threshold=group.settings.ess_threshold,
             scheme=SCHEMES.index(group.settings.resampling),
@@ -403,11 +404,14 @@ class TwistSchedulerMixin(_Base):
                 continue
             waiting = [lane for lane in group.live_lanes() if lane.request.status != RequestStatus.RUNNING]
             group.entering = bool(waiting) or not group.forked
+            left = log_sum_exp([lane.log_w for lane in group.lanes.values() if not lane.live])
             for lane in waiting:
                 extra = lane.request.sampling_params.extra_args
                 extra[LANE_KEY] = dataclasses.replace(
                     extra[LANE_KEY],
                     group_size=group.num_live,
+                    left=left,
+                    num_resamplings=group.num_resamplings,
                     log_w=lane.log_w,
                     log_p=lane.log_p,
                     log_psi=lane.log_psi,
@@ -446,7 +450,9 @@ class TwistSchedulerMixin(_Base):
             lane.log_w, lane.log_p, lane.log_psi = step.log_w[i], step.log_p[i], step.log_psi[i]
             if lane_id in step.logprobs:
                 lane.logprobs.append(step.logprobs[lane_id])
-            if step.resampled[i]:
+            if step.log_z is not None and step.num_resamplings is not None:
+                group.log_z, group.num_resamplings = step.log_z[i], step.num_resamplings[i]
+            elif step.resampled[i]:
                 resampled[group.id] = group
             if group.settings.trace:
                 index = {lane: k for k, lane in enumerate(group.lanes)}

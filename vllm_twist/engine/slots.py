@@ -86,6 +86,10 @@ class SlotTable:
         self.row_of = zeros(torch.int32)
         self.order = torch.arange(num_slots, dtype=torch.int32, device=device)
         self.groups: reference.Groups | None = None
+        #: By row of a group; see ``_group_rows``.
+        self.totals = reference.Totals(
+            left=zeros(torch.float64), log_z=zeros(torch.float64), num_resamplings=zeros(torch.int32)
+        )
         #: Whether any group may ever resample.
         self.forks = False
 
@@ -101,6 +105,7 @@ class SlotTable:
         self._present = np.zeros(num_slots, dtype=np.int64)
         self._width = np.zeros(num_slots, dtype=np.int64)
         self._sizes = np.zeros(num_slots, dtype=np.int32)
+        self._particles = np.zeros(num_slots, dtype=np.int32)
         self._thresholds = np.zeros(num_slots, dtype=np.float64)
         self._schemes = np.zeros(num_slots, dtype=np.int64)
         self._seeds = np.zeros(num_slots, dtype=np.int64)
@@ -111,6 +116,9 @@ class SlotTable:
         self._pinned = np.zeros(num_slots, dtype=bool)
         self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
         self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
+        #: Groups that began or came back, and slots of those of their lanes that have left since the last flush.
+        self._entered: dict[int, LaneSpec] = {}
+        self._left: dict[int, list[int]] = {}
         self._changed = False
 
     # ---- coming and going -----------------------------------------------------------------
@@ -124,6 +132,8 @@ class SlotTable:
             self._members[row] = -1
             self._present[row] = self._width[row] = self._pinned[row] = 0
             self._thresholds[row], self._schemes[row], self._seeds[row] = spec.ess_threshold, spec.scheme, spec.seed
+            self._particles[row] = spec.particles
+            self._entered[row] = spec
         self._members[row, spec.index] = slot
         self._present[row] += 1
         self._width[row] = max(self._width[row], spec.index + 1)
@@ -149,8 +159,10 @@ class SlotTable:
             self._members[row, index] = -1
             self._present[row] -= 1
             self._sizes[row] -= 1
+            self._left.setdefault(row, []).append(slot)
             if not self._present[row]:
-                del self._group_rows[group_id]
+                del self._group_rows[group_id], self._left[row]
+                self._entered.pop(row, None)
                 self._free_rows.append(row)
             self.is_lane[slot] = False
             self._staged.pop(slot, None)
@@ -158,6 +170,10 @@ class SlotTable:
 
     def flush(self) -> None:
         """Send what has changed to the device."""
+        if self._left:
+            self._take_leave()
+        if self._entered:
+            self._write_totals()
         if self._staged:
             self._write_lanes()
         if self._changed:
@@ -165,6 +181,24 @@ class SlotTable:
 
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return async_tensor_h2d(np.asarray(values), self.device, dtype)
+
+    def _take_leave(self) -> None:
+        """Keep the weights of particles that have ended, whose slots others may take now."""
+        most = max(map(len, self._left.values()))
+        slots = self._upload([gone + [-1] * (most - len(gone)) for gone in self._left.values()], torch.int64)
+        rows = self._upload(list(self._left), torch.int64)
+        at = slots.clamp(min=0)
+        weights = torch.where((slots >= 0) & self.lanes.ended[at], self.lanes.log_w[at], float("-inf"))
+        before = self.totals.left[rows, None]
+        self.totals.left.index_copy_(0, rows, torch.logsumexp(torch.cat([before, weights], 1), -1))
+        self._left.clear()
+
+    def _write_totals(self) -> None:
+        rows = self._upload(list(self._entered), torch.int64)
+        for target, name in ((self.totals.left, "left"), (self.totals.num_resamplings, "num_resamplings")):
+            values = [getattr(spec, name) for spec in self._entered.values()]
+            target.index_copy_(0, rows, self._upload(values, target.dtype))
+        self._entered.clear()
 
     def _write_lanes(self) -> None:
         specs = [spec for spec, _ in self._staged.values()]
@@ -218,6 +252,8 @@ class SlotTable:
             thresholds=self._upload(self._thresholds[rows], torch.float64),
             schemes=self._upload(self._schemes[rows], torch.int64),
             keys=self._upload(keys.numpy(), torch.int64),
+            particles=self._upload(self._particles[rows], torch.int32),
+            rows=self._upload(rows, torch.int32),
             pinned=self._upload(self._pinned[rows], torch.bool),
         )
         self.forks = bool(((self._thresholds[rows] > 0) & (self._width[rows] > 1)).any())
@@ -279,11 +315,13 @@ class SlotTable:
             token = torch.where(forced >= 0, forced, token)
         if held or base is not None:
             log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
+        gain = None
         if base is not None:
             # q = p0: what the token adds to the weight is known only now (Eq. 10).
-            counts_now = base & ~self.lanes.ended[slots]
-            self.lanes.log_w[slots] += torch.where(counts_now, token_log_psi - before[ancestors], 0.0)
-        report = ops.settle(self.lanes, slots, moved, token, log_p, token_log_psi, **on)
+            gain = torch.where(base, token_log_psi - before[ancestors], 0.0)
+        report = ops.settle(
+            self.lanes, self.groups, self.totals, self.row_of, moved, token, log_p, token_log_psi, gain, **on
+        )
         counts = self._num_logprobs[where]
         wanted = np.flatnonzero(counts != NO_LOGPROBS)
         logprobs = None
