@@ -5,7 +5,7 @@
 The sides draw the same number of sequences of the same length for one prompt, from the model (plain) and from the
 twist-induced proposal (twisted), in turns:
 
-    engine       what a training step asks of it: one request whose particles all come back, or n completions
+    engine       the sampler of training, as a training step uses it
     generate     transformers.generate with its KV cache, the twist in a logits processor
     re-forward   a loop that passes the prefix through the model anew for every token, and keeps nothing
     full length  the same with arrays that have their final length from the start, as in the paper's code, where every
@@ -22,6 +22,7 @@ import datetime
 import math
 import os
 import statistics
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,48 +35,47 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, spread, versions
 from vllm_twist import TwistHead, results
+from vllm_twist.results import TwistResult
+from vllm_twist.sampling import DrawRequest
 
 #: By how much sequence log-probabilities of two sides may differ (nats): 64 tokens of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.0, torch.float16: 0.5}
 
 
 class Engine:
-    """vLLM with the twist head."""
+    """The sampler of training."""
 
     name = "engine"
 
     def __init__(self, args: argparse.Namespace, prompt: list[int]) -> None:
-        from vllm import LLM
+        from vllm_twist.engine.sampler import EngineSampler
 
-        self.prompt = {"prompt_token_ids": prompt}
-        self.llm = LLM(
+        self.prompt, self.drawn = tuple(prompt), 0
+        self.sampler = EngineSampler(
             args.model,
-            twist_head=args.twist_head,
-            twist_particles=max(args.counts),
-            dtype=args.dtype,
-            enforce_eager=args.eager,
-            max_num_seqs=max(args.counts),
+            TwistHead.from_pretrained(args.twist_head),
+            end_ids=frozenset(),  # no sequence ends early
             max_model_len=len(prompt) + args.max_tokens,
+            max_num_seqs=max(args.counts),
+            dtype=args.dtype,
+            enforce_eager=not args.compile,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         )
 
-    def request(self, count: int, length: int, twisted: bool) -> Any:
+    def draw(self, count: int, length: int, twisted: bool) -> Tensor:
+        self.drawn += 1
+        # Seeds far apart: the engine counts them up for plain sequences.
+        request = DrawRequest(self.prompt, count, "q" if twisted else "p0", self.drawn << 32, length)
+        return torch.tensor(self.sampler.sample([request])[0].token_ids)
+
+    def group(self, count: int, length: int) -> TwistResult:
+        """Return as many particles of the proposal, with all that the engine reports of them."""
         from vllm import SamplingParams
 
-        common = {"max_tokens": length, "ignore_eos": True, "detokenize": False}
-        if not twisted:
-            params = SamplingParams(n=count, extra_args={"twist": 0}, **common)
-        else:
-            # As in training: the proposal without resampling, and every particle wanted.
-            extra = {"twist_particles": count, "twist_ess_threshold": 0, "twist_return_particles": 1}
-            params = SamplingParams(extra_args=extra, **common)
-        return self.llm.generate(self.prompt, params, use_tqdm=False)[0]
-
-    def draw(self, count: int, length: int, twisted: bool) -> Tensor:
-        output = self.request(count, length, twisted)
-        if twisted:
-            return torch.tensor([particle.token_ids for particle in results(output)[0].particles])
-        return torch.tensor([list(completion.token_ids) for completion in output.outputs])
+        extra = {"twist_particles": count, "twist_ess_threshold": 0, "twist_return_particles": 1}
+        params = SamplingParams(max_tokens=length, ignore_eos=True, detokenize=False, extra_args=extra)
+        prompt = {"prompt_token_ids": list(self.prompt)}
+        return results(self.sampler.llm.generate(prompt, params, use_tqdm=False)[0])[0]
 
 
 class Transformers(ABC):
@@ -198,7 +198,7 @@ def check(engine: Engine, others: list[Any], count: int, length: int) -> dict[st
     Raises:
         RuntimeError: a side samples from something else than the engine does.
     """
-    (group,) = results(engine.request(count, length, True))
+    group = engine.group(count, length)
     device = others[0].prompt.device
     tokens = torch.tensor([p.token_ids for p in group.particles], device=device)
     log_p = torch.tensor([p.log_prob for p in group.particles], device=device)
@@ -244,23 +244,23 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=[str(dtype).split(".")[1] for dtype in TOLERANCE])
-    parser.add_argument("--eager", action="store_true", help="do not compile the engine's model")
+    parser.add_argument("--compile", action="store_true", help="compile the engine's model, as training does on GPUs")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2**30)
     parser.add_argument("--csv", type=Path, help="append one row per side and number of sequences")
     args = parser.parse_args()
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     prompt = AutoTokenizer.from_pretrained(args.model)(args.prompt).input_ids
-    engine = Engine(args, prompt)
     dtype, device = getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None  # as ignore_eos: no sequence ends early
     head = TwistHead.from_pretrained(args.twist_head, dtype=dtype).to(device).requires_grad_(False)
     others = [Generate(model, head, prompt), *(Reforward(model, head, prompt, whole) for whole in (False, True))]
+    engine = Engine(args, prompt)  # last, as in training: it takes what is there out of the garbage collector's way
     sides = [engine, *others]
 
     machine, software = hardware(), versions("transformers")
-    command = "python -m benchmarks.bench_sampling" + (" --eager" if args.eager else "")
+    command = " ".join(["python -m benchmarks.bench_sampling", *sys.argv[1:]])
     setting = f"{args.dtype} · {torch.get_num_threads()} threads · T={args.max_tokens} · {args.repeats} repeats"
     print(f"{machine} · {software} · {args.model} · {setting}")
     print(f"{'N':>4}  {'side':<11}  {'plain, tok/s':>22}  {'twisted, tok/s':>22}  engine over it, plain  twisted")

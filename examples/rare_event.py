@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.report import hardware, versions
 from examples.common import (
     MODEL,
@@ -140,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     setting = QUICK if args.quick else Setting()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     began = time.perf_counter()
 
     folder = args.out / "classifier"

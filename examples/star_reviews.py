@@ -240,7 +240,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     setting = QUICK if args.quick else Setting()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     began = time.perf_counter()
 
     accuracy = {}

@@ -117,7 +117,7 @@ def sides(repo_root: Path) -> tuple[Any, list[Any]]:
 
     folder, head_folder = repo_root / bench_sampling.MODEL, repo_root / bench_sampling.HEAD
     prompt = [1, 500, 501]
-    args = Namespace(model=str(folder), twist_head=str(head_folder), dtype="float32", eager=True, counts=[4],
+    args = Namespace(model=str(folder), twist_head=str(head_folder), dtype="float32", compile=False, counts=[4],
                      max_tokens=12, kv_cache_memory_bytes=2**26)  # fmt: skip
     engine = bench_sampling.Engine(args, prompt)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -44,7 +44,7 @@ BORROWED = [
     "test_condition.py::test_abort[2]",
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
-    "test_soak.py::test_random_load[0]",
+    "test_soak.py::test_random_load[1]",
 ]
 OWN = [
     f"cases_v2.py::{name}"

@@ -671,6 +671,50 @@ def test_an_engine_that_dies_ends_the_run(small: Tiny, tmp_path: Path, repo_root
     assert "said: the engine that draws has died: its own messages say why" in done.stdout, done.stderr[-3000:]
 
 
+AT_HOME = """
+import os, random, sys
+import numpy, torch
+from vllm_twist import TwistHead
+from vllm_twist.engine.sampler import EngineSampler
+from vllm_twist.sampling import DrawRequest
+
+def start(**more):
+    options = dict(block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=8, dtype="float32", **more)
+    return EngineSampler(sys.argv[1], head, end_ids=frozenset({1}), max_model_len=64, **options)
+
+def state():
+    numbers = numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return random.getstate(), *numbers, torch.set_num_threads
+
+if __name__ == "__main__":
+    head = TwistHead.from_pretrained(sys.argv[2])
+    asked = [DrawRequest((0, 2), 4, "q", 3, 8)]
+    before = state()
+    first = start()
+    assert state() == before and "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+    beside = start()
+    drawn = [sampler.sample(asked) for sampler in (first, beside)]
+    print("inside:", *(not hasattr(s.llm.llm_engine.engine_core, "resources") for s in (first, beside)))
+    beside.close()
+    assert first.sample(asked) == drawn[0] == drawn[1]
+    first.close()
+    again = start()
+    print("inside:", not hasattr(again.llm.llm_engine.engine_core, "resources"), again.sample(asked) == drawn[0])
+    again.close()
+"""
+
+
+def test_an_engine_on_a_cpu_lives_in_the_process(small: Tiny, tmp_path: Path, repo_root: Path):
+    """One at a time does, draws what others draw, leaves the process's random numbers alone, and can be replaced."""
+    (tmp_path / "home.py").write_text(AT_HOME)
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "home.py"), str(small.path), str(small.head_path)],
+        cwd=repo_root, env={**environment, "PYTHONPATH": str(repo_root)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["inside: True False", "inside: True True"], done.stderr[-3000:]
+
+
 # -- Refusals ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),

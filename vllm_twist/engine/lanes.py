@@ -311,7 +311,10 @@ class LaneTable:
         # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
         at = [{positions[i] for i in group} for group in layout.groups.values()]
         weights = log_w.tolist()
-        sizes = [effective_sample_size([weights[i] for i in group]) for group in layout.groups.values()]
+        sizes = [
+            effective_sample_size([weights[i] for i in group]) if threshold > 0 else math.nan
+            for threshold, group in zip(layout.thresholds, layout.groups.values(), strict=True)
+        ]
         resampled = [
             complete and len(here) == 1 and 1 < min(here) < last and _is_low(ess, threshold, len(group))
             for complete, here, last, ess, threshold, group in zip(

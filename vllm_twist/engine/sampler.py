@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_twist.results import results
@@ -34,6 +36,8 @@ class EngineSampler:
 
     ``q`` is one request with ``count`` particles that never resample, ``smc`` one that does, ``p0`` a
     plain one with ``n = count``; all requests of a call run in one batch.
+
+    On a CPU the first engine of a process runs inside it (``_fits_here``).
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class EngineSampler:
         from vllm import LLM
 
         self.end_ids = sorted(end_ids)
-        with tempfile.TemporaryDirectory() as folder, _alone():
+        with tempfile.TemporaryDirectory() as folder, _alone(), _inside(_fits_here(engine_args)):
             head.save_pretrained(folder)
             options: dict[str, Any] = {
                 "twist_head": folder,
@@ -182,6 +186,41 @@ def _kv_cache_bytes(model: str, sequences: int, length: int, itemsize: int) -> i
     block = 128  # the largest in common use
     tokens = block * (math.ceil(length / block) + 1) * (sequences + 8)
     return 2 * layers * kv_heads * width * itemsize * tokens
+
+
+def _fits_here(engine_args: dict[str, Any]) -> bool:
+    """Return whether the engine is to run in this process, with its threads.
+
+    On a CPU vLLM's own processes cost more than they give here: they wait by spinning, which takes a core from the
+    model's threads, and from the trainer's. But there can be one world of ``torch.distributed`` in a process: the
+    engine must be its only user, and have one worker. ``VLLM_ENABLE_V1_MULTIPROCESSING`` decides where it is set.
+    """
+    from vllm.platforms import current_platform
+
+    several = engine_args.keys() & {
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"
+    }  # fmt: skip
+    if "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ or not current_platform.is_cpu():
+        return False
+    return not several and not torch.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def _inside(fits: bool) -> Iterator[None]:
+    """Have vLLM start an engine in this process, and leave the process's own settings as they are."""
+    if not fits:
+        yield
+        return
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    set_num_threads, states = torch.set_num_threads, (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    try:
+        yield
+    finally:
+        del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        torch.set_num_threads = set_num_threads
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextlib.contextmanager
