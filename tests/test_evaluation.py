@@ -300,6 +300,19 @@ def test_bad_flags(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_draws_that_do_not_fit_into_one_step(engine: Any, small: Tiny) -> None:
+    """Prompts of more tokens than a step takes are drawn for in turns, whose outputs are not each other's."""
+    from vllm_twist.evaluation import _Prompt
+
+    llm = engine(small, max_num_batched_tokens=64)
+    prompt = _Prompt(Evaluator(WithTokenizer(llm), Function(log_phi), EvaluationConfig(particles=(1,))), 0, "x")
+    count = 64 // len(PROMPTS["below"]) + 60
+    outputs = prompt._draw(count, 12, torch.Generator().manual_seed(1))
+    assert len(outputs) == count and all(0 < len(output) <= 12 for output in outputs)
+    assert outputs[:30] != outputs[64 // len(PROMPTS["below"]) :][:30]
+    assert outputs == prompt._draw(count, 12, torch.Generator().manual_seed(1))
+
+
 def test_reweighing_is_by_particle(engine: Any, small: Tiny) -> None:
     """With phi = psi_T nothing changes: log Z-hat is the engine's own."""
     from vllm_twist import results

@@ -347,11 +347,25 @@ class _Prompt:
     def _draw(self, count: int, max_tokens: int, generator: torch.Generator) -> Sequences:
         """Return samples of p0."""
         from vllm import SamplingParams
+        from vllm.platforms import current_platform
 
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        params = SamplingParams(n=count, max_tokens=max_tokens, seed=seed, detokenize=False, extra_args={"twist": 0})
-        (output,) = self.evaluator.llm.generate([{"prompt_token_ids": self.prompt_ids}], params, use_tqdm=False)
-        return [list(choice.token_ids) for choice in output.outputs]
+        llm, most = self.evaluator.llm, count
+        if current_platform.is_cpu():
+            # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let them all fit into one.
+            whole = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens // len(self.prompt_ids)
+            most = max(1, min(count, whole))
+        outputs: Sequences = []
+        for start in range(0, count, most):
+            params = SamplingParams(
+                n=min(most, count - start),
+                max_tokens=max_tokens,
+                seed=int(torch.randint(2**62, (1,), generator=generator)),
+                detokenize=False,
+                extra_args={"twist": 0},
+            )
+            (output,) = llm.generate([{"prompt_token_ids": self.prompt_ids}], params, use_tqdm=False)
+            outputs += [list(choice.token_ids) for choice in output.outputs]
+        return outputs
 
 
 class _Infilling(_Prompt):
