@@ -1,4 +1,4 @@
-"""The engine in processes of its own, as vLLM runs it by default, on one worker and on two."""
+"""The engine on two workers, each a process of its own, against one in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import runners
-from test_engine import assert_rescored, prompt_of
+from test_engine import assert_rescored, generate, params, prompt_of
 from tiny import Tiny
 
 from vllm_twist import results
@@ -47,11 +47,11 @@ class Output:
 
 
 @pytest.fixture(scope="module")
-def run(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def parallel(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     script = tmp_path_factory.mktemp("parallel") / "generate.py"
     script.write_text(SCRIPT)
 
-    def generate(prompts: list[list[int]], max_tokens: int, runner: str = "v1", **options: Any) -> list[Output]:
+    def run(prompts: list[list[int]], max_tokens: int, runner: str, **options: Any) -> list[Output]:
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TWIST_TEST_RUNNER": runner}
         if runner != "v1":
             env |= runners.ENVIRONMENT
@@ -69,15 +69,19 @@ def run(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
         found = json.loads(line[line.index("RESULT") + 7 :])
         return [Output(prompt, entry) for prompt, entry in zip(prompts, found, strict=True)]
 
-    return generate
+    return run
 
 
-@pytest.mark.parametrize("runner, lengths, max_tokens", [("v1", (40, 5), 70), ("v2-async", (30, 5), 7)])
-def test_two_workers_decide_alike(run, wide: Tiny, runner: str, lengths: tuple[int, int], max_tokens: int):
+@pytest.mark.parametrize("runner, lengths, max_tokens", [("v1", (40, 5), 30), ("v2-async", (30, 5), 4)])
+def test_two_workers_decide_alike(parallel, engine, wide: Tiny, runner: str, lengths: tuple[int, int], max_tokens: int):
     """Tensor parallelism over two processes: each rank resamples and forks as the other, or rescoring fails."""
     prompts = [prompt_of(length) for length in lengths]
-    alone = run(prompts, max_tokens)
-    together = run(prompts, max_tokens, runner, tensor_parallel_size=2)
+    settings = params(
+        max_tokens=max_tokens, ignore_eos=True, seed=1, twist_particles=8, twist_ess_threshold=1.0,
+        twist_return_particles=True,
+    )  # fmt: skip
+    alone = generate(engine(wide), prompts, settings)
+    together = parallel(prompts, max_tokens, runner, tensor_parallel_size=2)
     for one, two in zip(alone, together, strict=True):
         assert_rescored(wide, one)
         assert_rescored(wide, two)

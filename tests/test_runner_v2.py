@@ -15,9 +15,12 @@ import pytest
 from elsewhere import Line
 from runners import ENVIRONMENT
 
-MODES = ("v2", "v2-async")
 #: Tests of other files, whole or by case, that every runner has to pass.
-BORROWED = [
+#: With both schedulers: that the engine samples what it says.
+EXACT = [
+    "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",
+    "cases_v2.py::test_same_as_model_runner_v1",
+    "cases_v2.py::test_state_survives_a_preemption",
     "test_engine_exact.py::test_unbiased",
     "test_engine_exact.py::test_sampling_parameters_define_p0",
     "test_engine_exact.py::test_prompt_against_block",
@@ -27,41 +30,37 @@ BORROWED = [
     "test_engine_exact.py::test_scale_invariance",
     "test_engine_exact.py::test_single_particle_is_the_twist_induced_proposal",
     "test_engine_exact.py::test_broken_engines_fail",
+    "test_engine.py::test_preemption_keeps_the_estimate",
+    "test_pinned.py::test_reciprocal_unbiased[8-500-1.0-residual-twist]",
+    "test_condition.py::test_samples_the_conditional_target[3]",
+    "test_soak.py::test_random_load[1]",
+]
+#: With the asynchronous one alone, which vLLM runs by default.
+ASYNC = [
+    "cases_v2.py::test_same_with_the_kernels",
+    "cases_v2.py::test_same_with_a_low_rank_head_in_factors",
+    "cases_v2.py::test_rescoring_sees_a_wrong_fork",
+    "cases_v2.py::test_memory_is_measured_with_the_head",
+    "cases_v2.py::test_particle_that_ends_leaves_one_step_later",
+    "cases_v2.py::test_plain_rows_are_drawn_by_vllm",
+    "cases_v2.py::test_the_check_for_waiting_sees_it",
+    "cases_v2.py::test_the_step_never_waits_for_the_device",
     "test_engine.py::test_forks_at_every_step_across_blocks[caching-31]",
     "test_engine.py::test_result_is_consistent",
     "test_engine.py::test_prompt_logprobs_among_twisted_requests",
     "test_engine.py::test_token_budget_smaller_than_the_group",
-    "test_engine.py::test_preemption_keeps_the_estimate",
     "test_engine.py::test_prefix_cache_reset_mid_way",
     "test_engine.py::test_abort[2]",
     "test_engine.py::test_head_gone_wrong_ends_its_request_alone",
     "test_engine.py::test_all_weights_zero_end_the_request",
-    "test_pinned.py::test_reciprocal_unbiased[8-500-1.0-residual-twist]",
     "test_pinned.py::test_impossible_continuations_end_their_request_alone[options0]",
-    "test_condition.py::test_samples_the_conditional_target[3]",
     "test_condition.py::test_conditions_are_not_mixed_up",
     "test_condition.py::test_preemption_keeps_the_condition",
     "test_condition.py::test_abort[2]",
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
-    "test_soak.py::test_random_load[1]",
 ]
-OWN = [
-    f"cases_v2.py::{name}"
-    for name in (
-        "test_runner_and_scheduler_are_the_ones_meant",
-        "test_same_as_model_runner_v1",
-        "test_same_with_the_kernels",
-        "test_same_with_a_low_rank_head_in_factors",
-        "test_rescoring_sees_a_wrong_fork",
-        "test_memory_is_measured_with_the_head",
-        "test_particle_that_ends_leaves_one_step_later",
-        "test_plain_rows_are_drawn_by_vllm",
-        "test_the_check_for_waiting_sees_it",
-        "test_the_step_never_waits_for_the_device",
-        "test_state_survives_a_preemption",
-    )
-]
+TESTS = {"v2": EXACT, "v2-async": [*EXACT, *ASYNC]}
 
 
 def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
@@ -70,7 +69,7 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
     make_folder = request.getfixturevalue("tmp_path_factory").mktemp
     reference = make_folder("reference") / "outcomes.json"
     line.add("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
-    for mode in MODES:
+    for mode in TESTS:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:
             environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
@@ -83,8 +82,7 @@ def outcomes(line: Line) -> Callable[[str], dict[str, str]]:
     return functools.cache(line.outcomes)
 
 
-@pytest.mark.parametrize("test", [*OWN, *BORROWED])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, test", [(mode, test) for mode, tests in TESTS.items() for test in tests])
 def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], mode: str, test: str):
     name = test.replace(".py::", ".")
     cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}

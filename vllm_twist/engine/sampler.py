@@ -192,9 +192,11 @@ def _fits_here(engine_args: dict[str, Any]) -> bool:
     """Return whether the engine is to run in this process, with its threads.
 
     On a CPU vLLM's own processes cost more than they give here: they wait by spinning, which takes a core from the
-    model's threads, and from the trainer's. But there can be one world of ``torch.distributed`` in a process: the
-    engine must be its only user, and have one worker. ``VLLM_ENABLE_V1_MULTIPROCESSING`` decides where it is set.
+    model's threads, and from the trainer's. But there can be one world of ``torch.distributed`` in a process, and one
+    set of vLLM's groups: the engine must be the only user of both, and have one worker.
+    ``VLLM_ENABLE_V1_MULTIPROCESSING`` decides where it is set.
     """
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
     from vllm.platforms import current_platform
 
     several = engine_args.keys() & {
@@ -202,7 +204,7 @@ def _fits_here(engine_args: dict[str, Any]) -> bool:
     }  # fmt: skip
     if "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ or not current_platform.is_cpu():
         return False
-    return not several and not torch.distributed.is_initialized()
+    return not (several or torch.distributed.is_initialized() or model_parallel_is_initialized())
 
 
 @contextlib.contextmanager
@@ -211,12 +213,17 @@ def _inside(fits: bool) -> Iterator[None]:
     if not fits:
         yield
         return
+    from vllm import envs
+
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     set_num_threads, states = torch.set_num_threads, (random.getstate(), np.random.get_state(), torch.get_rng_state())
     try:
         yield
     finally:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        # The engine has had vLLM remember its environment, for all that this process may start.
+        envs.disable_envs_cache()
+        envs.enable_envs_cache()
         torch.set_num_threads = set_num_threads
         random.setstate(states[0])
         np.random.set_state(states[1])
