@@ -5,7 +5,7 @@
 phi(s) = p0(o_T | s): outputs of T tokens, weighted by how likely the ending o_T is after them. One conditional head
 learns this for every ending of c tokens, by CTL with the exact samples that come with each o_T drawn from p0. For
 T = 2, c = 1 the mean of log Z(o_T) is known: it is minus the entropy of o_T, which can be enumerated. For
-T = 8, c = 5 the middles of unseen reviews are filled in.
+T = 6, c = 2 the middles of unseen reviews are filled in.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Setting:
     """
 
     short: tuple[int, int] = (2, 1)
-    long: tuple[int, int] = (8, 5)
+    long: tuple[int, int] = (6, 2)
     updates: tuple[int, int] = (80, 100)
     conditions: int = 32
     batch: int = 8
     particles: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: tuple[int, int] = (100, 24)
+    repeats: tuple[int, int] = (250, 50)
     fill: int = 64
     examples: int = 5
 

@@ -3,8 +3,9 @@
     python -m examples.rare_event [--out out/rare-event] [--quick]
 
 The event: after a sentence of praise, a review that a classifier holds for a complaint, its logit r beyond a
-threshold. phi = 1[r >= threshold] + 1e-16. A classifier is trained, a twist is learned for phi, and bounds of
-log Z are measured for every number of particles, from p0 and from the twist-induced proposal.
+threshold that one sample of p0 in some thousand reaches. phi = 1[r >= threshold] + 1e-16. A classifier is trained,
+a twist is learned for phi, and bounds of log Z are measured for every number of particles, from p0 and from the
+twist-induced proposal.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Setting:
     """The size of a run.
 
     Attributes:
-        threshold: what the classifier's logit has to reach; 4.8 is a probability of 0.992.
+        rarity: share of ``calibration`` samples of p0 that reach the threshold; the event's probability is
+            measured on others.
+        calibration: samples of p0 that the threshold is read off.
         reviews: reviews per class that the classifier is trained on.
         soft_updates: updates towards p0 exp(r), which lead to where the event is.
         updates: updates towards p0 phi.
@@ -54,7 +57,8 @@ class Setting:
         draws: samples of p0, for the event's probability and for exact samples of sigma.
     """
 
-    threshold: float = 4.8
+    rarity: float = 3e-4
+    calibration: int = 32_768
     reviews: int = 4000
     soft_updates: int = 30
     updates: int = 80
@@ -66,7 +70,15 @@ class Setting:
 
 #: A commoner event and a classifier that has seen less: for a test of the whole.
 QUICK = Setting(
-    threshold=0.0, reviews=800, soft_updates=12, updates=12, batch=128, particles=(1, 8, 32), repeats=6, draws=2048
+    rarity=0.03,
+    calibration=2048,
+    reviews=800,
+    soft_updates=12,
+    updates=12,
+    batch=128,
+    particles=(1, 8, 32),
+    repeats=6,
+    draws=2048,
 )
 
 
@@ -78,8 +90,8 @@ def classifier(folder: Path, threshold: float, **options: Any) -> Classifier:
     )
 
 
-def learn(setting: Setting, folder: Path) -> TwistTrainer:
-    """Return the trainer of a head for the event, with its engine running.
+def learn(setting: Setting, folder: Path) -> tuple[TwistTrainer, float]:
+    """Return the trainer of a head for the event, with its engine running, and the event's threshold.
 
     Hardly any batch from p0 holds the event, and without it nothing can be learned. The head is therefore
     first led towards p0 exp(r) (Eq. 19), whose r is the same logit without the threshold.
@@ -87,29 +99,42 @@ def learn(setting: Setting, folder: Path) -> TwistTrainer:
     shared: dict[str, Any] = {"objective": "ctl", "head": "mlp", "max_tokens": MAX_TOKENS, "particles": setting.batch}
     soft = TwistTrainer(
         MODEL,
-        classifier(folder, setting.threshold, score="logit"),
+        classifier(folder, 0.0, score="logit"),
         TrainingConfig(updates=setting.soft_updates, seed=1, **shared),
     )
     start_engine(soft, PROMPT, max(512, *setting.particles))
+    with seconds_bar("  the event's threshold", expected=60):
+        logits = sorted(drawn(soft, "p0", setting.calibration, seed=6)[1], reverse=True)
+    threshold = logits[int(setting.rarity * setting.calibration)]
     soft.train([PROMPT], progress=True)
     trainer = TwistTrainer(
         MODEL,
-        classifier(folder, setting.threshold),
+        classifier(folder, threshold),
         TrainingConfig(updates=setting.updates, seed=2, **shared),
         head=soft.head,
         sampler=soft.sampler,
     )
     trainer.train([PROMPT], progress=True)
-    return trainer
+    return trainer, threshold
+
+
+def drawn(trainer: TwistTrainer, law: str, count: int, seed: int) -> tuple[list[str], list[float]]:
+    """Return the texts of outputs of a law and the log phi of each; ``count`` up to 512, or a multiple."""
+    assert trainer.sampler is not None and trainer.potential is not None
+    prompt_ids = tuple(trainer.tokenizer(PROMPT).input_ids)
+    at_once = min(count, 512)
+    # Seeds far apart: the engine counts them up for plain sequences.
+    asked = [
+        DrawRequest(prompt_ids, at_once, law, (seed << 40) + (i << 20), MAX_TOKENS) for i in range(count // at_once)
+    ]
+    ids = [row for draws in trainer.sampler.sample(asked) for row in draws.token_ids]
+    texts = trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts, trainer.potential.given(prompt_ids, PROMPT)(ids, texts)
 
 
 def share_of_hits(trainer: TwistTrainer, law: str, count: int, seed: int) -> tuple[float, list[str]]:
     """Return the share of outputs of a law that are the event, and the texts of all of them."""
-    assert trainer.sampler is not None and trainer.potential is not None
-    prompt_ids = tuple(trainer.tokenizer(PROMPT).input_ids)
-    (draws,) = trainer.sampler.sample([DrawRequest(prompt_ids, count, law, seed, MAX_TOKENS)])
-    texts = trainer.tokenizer.batch_decode(draws.token_ids, skip_special_tokens=True)
-    log_phi = trainer.potential.given(prompt_ids, PROMPT)(draws.token_ids, texts)
+    texts, log_phi = drawn(trainer, law, count, seed)
     return sum(value > -1 for value in log_phi) / count, texts
 
 
@@ -146,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=CLASSIFIER_SEED, count=setting.reviews, epochs=3, cut=True,
     )  # fmt: skip
     print(f"\n  classifier: right on {accuracy:.1%} of unseen reviews, cut at random")
-    trainer = learn(setting, folder)
+    trainer, threshold = learn(setting, folder)
     assert trainer.sampler is not None
     trainer.sampler.set_head(trainer.head)
     trainer.head.save_pretrained(args.out / "head")
@@ -170,7 +195,13 @@ def main(argv: list[str] | None = None) -> None:
     write_json(
         args.out / "rare-event.json",
         {
-            "event": {"probability": probability, "ci95": interval, "hits": found.exact_samples, "draws": found.draws},
+            "event": {
+                "threshold": threshold,
+                "probability": probability,
+                "ci95": interval,
+                "hits": found.exact_samples,
+                "draws": found.draws,
+            },
             "share_of_hits": {"p0": plain, "twisted": twisted},
             "classifier_accuracy": accuracy,
             "setting": dataclasses.asdict(setting),
@@ -180,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             **evaluation.to_dict(),
         },
     )
-    print(f"  the event: {PROMPT!r} goes on with a complaint, logit at least {setting.threshold:g}")
+    print(f"  the event: {PROMPT!r} goes on with a complaint, logit at least {threshold:.2f}")
     print(f"  its probability under p0: {probability:.2e} ± {interval:.1e} ({found.exact_samples} of {found.draws})")
     print(f"  of 512 samples each: {plain:.1%} from p0 are the event, {twisted:.1%} from the twist-induced proposal\n")
     for name, texts in (("p0", plain_texts), ("twisted", twisted_texts)):
