@@ -15,7 +15,6 @@ import pytest
 from elsewhere import Line
 from runners import ENVIRONMENT
 
-#: Tests of other files, whole or by case, that every runner has to pass.
 #: With both schedulers: that the engine samples what it says.
 EXACT = [
     "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",

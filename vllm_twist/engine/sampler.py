@@ -37,7 +37,7 @@ class EngineSampler:
     ``q`` is one request with ``count`` particles that never resample, ``smc`` one that does, ``p0`` a
     plain one with ``n = count``; all requests of a call run in one batch.
 
-    On a CPU the first engine of a process runs inside it (``_fits_here``).
+    On a CPU one engine at a time runs inside the process (``_fits_here``).
     """
 
     def __init__(
@@ -209,7 +209,7 @@ def _fits_here(engine_args: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _inside(fits: bool) -> Iterator[None]:
-    """Have vLLM start an engine in this process, and leave the process's own settings as they are."""
+    """Have vLLM start an engine in this process; starting it leaves the process's own settings as they are."""
     if not fits:
         yield
         return
@@ -221,9 +221,8 @@ def _inside(fits: bool) -> Iterator[None]:
         yield
     finally:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        # The engine has had vLLM remember its environment, for all that this process may start.
+        # An engine has vLLM remember the environment it started in, for all that this process may start.
         envs.disable_envs_cache()
-        envs.enable_envs_cache()
         torch.set_num_threads = set_num_threads
         random.setstate(states[0])
         np.random.set_state(states[1])
