@@ -30,6 +30,18 @@ def key_at(key, position):
     return _mix64(key.to(tl.uint64) ^ (position.to(tl.uint64) * 0x9E3779B97F4A7C15)).to(tl.int64)
 
 
+@triton.jit
+def _seats(members, row_of, group, members_stride, width, K: tl.constexpr):
+    """Return (lane, slot, is a member, row of the batch, is in the batch) [K] of a group; 0 where there is none."""
+    lane = tl.arange(0, K)
+    slot = tl.load(members + group * members_stride + lane, mask=lane < width, other=-1).to(tl.int64)
+    member = slot >= 0
+    slot = tl.where(member, slot, 0)
+    row = tl.load(row_of + slot, mask=member, other=-1).to(tl.int64)
+    inside = row >= 0
+    return lane, slot, member, tl.where(inside, row, 0), inside
+
+
 @triton.jit(do_not_specialize=["members_stride", "width"])
 def advance_kernel(
     log_w,
@@ -63,13 +75,7 @@ def advance_kernel(
     positions, in place, and (ancestor, key, log p of the ancestor, resampled) by row of the batch.
     """
     group = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, K)
-    slot = tl.load(members + group * members_stride + lane, mask=lane < width, other=-1).to(tl.int64)
-    member = slot >= 0
-    slot = tl.where(member, slot, 0)
-    row = tl.load(row_of + slot, mask=member, other=-1).to(tl.int64)
-    inside = row >= 0
-    row = tl.where(inside, row, 0)
+    lane, slot, member, row, inside = _seats(members, row_of, group, members_stride, width, K)
     gone = member & (tl.load(ended + slot, mask=member, other=0) != 0)
     here = inside & ~gone
 
@@ -139,13 +145,7 @@ def settle_kernel(
     columns of the report.
     """
     group = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, K)
-    slot = tl.load(members + group * members_stride + lane, mask=lane < width, other=-1).to(tl.int64)
-    member = slot >= 0
-    slot = tl.where(member, slot, 0)
-    row = tl.load(row_of + slot, mask=member, other=-1).to(tl.int64)
-    inside = row >= 0
-    row = tl.where(inside, row, 0)
+    _, slot, member, row, inside = _seats(members, row_of, group, members_stride, width, K)
     here = inside & (tl.load(ended + slot, mask=member, other=0) == 0)
 
     token = tl.load(tokens + row, mask=here, other=-1)

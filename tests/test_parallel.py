@@ -52,11 +52,14 @@ def parallel(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     script.write_text(SCRIPT)
 
     def run(prompts: list[list[int]], max_tokens: int, runner: str, **options: Any) -> list[Output]:
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TWIST_TEST_RUNNER": runner}
+        env = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "TWIST_TEST_RUNNER": runner,
+        }
         if runner != "v1":
             env |= runners.ENVIRONMENT
-        if options.get("tensor_parallel_size", 1) > 1:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
         done = subprocess.run(
             [
                 sys.executable, script, wide.path, wide.head_path, json.dumps(prompts), json.dumps(options),
@@ -72,7 +75,7 @@ def parallel(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("runner, lengths, max_tokens", [("v1", (40, 5), 30), ("v2-async", (30, 5), 4)])
+@pytest.mark.parametrize("runner, lengths, max_tokens", [("v1", (40, 5), 70), ("v2-async", (30, 5), 7)])
 def test_two_workers_decide_alike(parallel, engine, wide: Tiny, runner: str, lengths: tuple[int, int], max_tokens: int):
     """Tensor parallelism over two processes: each rank resamples and forks as the other, or rescoring fails."""
     prompts = [prompt_of(length) for length in lengths]

@@ -40,9 +40,9 @@ def generate(llm: Any, prompts: list[str], **options: Any) -> list[Any]:
 
 
 def test_twisted_reviews_are_more_positive(llm, repo_root: Path):
-    """The head does what it was trained for: mean p(positive) of 150 draws against 150 plain samples.
+    """The head does what it was trained for: mean p(positive) of 200 draws against 200 plain samples.
 
-    Fixed seeds; a difference of about 0.35 is expected, and lies four standard errors above the margin.
+    Fixed seeds; a difference of about 0.35 is expected, four standard errors (0.05) above the margin.
     """
     potential = load_potential(repo_root / HEAD)
 
@@ -50,7 +50,7 @@ def test_twisted_reviews_are_more_positive(llm, repo_root: Path):
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         return torch.tensor(potential(token_ids, [output.outputs[0].text for output in outputs])).exp().mean().item()
 
-    prompts = ["I bought this"] * 150
+    prompts = ["I bought this"] * 200
     plain, twisted = positive(generate(llm, prompts, twist=0)), positive(generate(llm, prompts, twist_particles=4))
     assert twisted > plain + 0.15, (plain, twisted)
 

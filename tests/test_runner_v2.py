@@ -15,11 +15,9 @@ import pytest
 from elsewhere import Line
 from runners import ENVIRONMENT
 
-#: With both schedulers: that the engine samples what it says.
-EXACT = [
-    "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",
-    "cases_v2.py::test_same_as_model_runner_v1",
-    "cases_v2.py::test_state_survives_a_preemption",
+MODES = ("v2", "v2-async")
+#: Tests of other files, whole or by case, and those of ``cases_v2``.
+TESTS = [
     "test_engine_exact.py::test_unbiased",
     "test_engine_exact.py::test_sampling_parameters_define_p0",
     "test_engine_exact.py::test_prompt_against_block",
@@ -33,17 +31,6 @@ EXACT = [
     "test_pinned.py::test_reciprocal_unbiased[8-500-1.0-residual-twist]",
     "test_condition.py::test_samples_the_conditional_target[3]",
     "test_soak.py::test_random_load[1]",
-]
-#: With the asynchronous one alone, which vLLM runs by default.
-ASYNC = [
-    "cases_v2.py::test_same_with_the_kernels",
-    "cases_v2.py::test_same_with_a_low_rank_head_in_factors",
-    "cases_v2.py::test_rescoring_sees_a_wrong_fork",
-    "cases_v2.py::test_memory_is_measured_with_the_head",
-    "cases_v2.py::test_particle_that_ends_leaves_one_step_later",
-    "cases_v2.py::test_plain_rows_are_drawn_by_vllm",
-    "cases_v2.py::test_the_check_for_waiting_sees_it",
-    "cases_v2.py::test_the_step_never_waits_for_the_device",
     "test_engine.py::test_forks_at_every_step_across_blocks[caching-31]",
     "test_engine.py::test_result_is_consistent",
     "test_engine.py::test_prompt_logprobs_among_twisted_requests",
@@ -58,8 +45,18 @@ ASYNC = [
     "test_condition.py::test_abort[2]",
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
+    "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",
+    "cases_v2.py::test_same_as_model_runner_v1",
+    "cases_v2.py::test_state_survives_a_preemption",
+    "cases_v2.py::test_same_with_the_kernels",
+    "cases_v2.py::test_same_with_a_low_rank_head_in_factors",
+    "cases_v2.py::test_rescoring_sees_a_wrong_fork",
+    "cases_v2.py::test_memory_is_measured_with_the_head",
+    "cases_v2.py::test_particle_that_ends_leaves_one_step_later",
+    "cases_v2.py::test_plain_rows_are_drawn_by_vllm",
+    "cases_v2.py::test_the_check_for_waiting_sees_it",
+    "cases_v2.py::test_the_step_never_waits_for_the_device",
 ]
-TESTS = {"v2": EXACT, "v2-async": [*EXACT, *ASYNC]}
 
 
 def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
@@ -68,7 +65,7 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
     make_folder = request.getfixturevalue("tmp_path_factory").mktemp
     reference = make_folder("reference") / "outcomes.json"
     line.add("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
-    for mode in TESTS:
+    for mode in MODES:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:
             environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
@@ -81,7 +78,8 @@ def outcomes(line: Line) -> Callable[[str], dict[str, str]]:
     return functools.cache(line.outcomes)
 
 
-@pytest.mark.parametrize("mode, test", [(mode, test) for mode, tests in TESTS.items() for test in tests])
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("mode", MODES)
 def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], mode: str, test: str):
     name = test.replace(".py::", ".")
     cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}

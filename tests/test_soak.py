@@ -104,7 +104,7 @@ def test_random_load(engine, wide: Tiny, totals: list[Group], seed: int):
             break
     else:
         pytest.fail(f"stalled with {sorted(waiting)}")
-    assert finished >= 0.4 * LOAD and finished + refused <= sent and totals
+    assert finished > 0.4 * LOAD and finished + refused <= sent and totals
     core.step()
     scheduler = scheduler_of(llm)
     assert scheduler.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1

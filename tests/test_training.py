@@ -696,7 +696,7 @@ def at_home(small: Tiny, tmp_path_factory: pytest.TempPathFactory, repo_root: Pa
 
 
 def test_an_engine_on_a_cpu_lives_in_the_process(at_home: dict[str, str]):
-    """One at a time does, draws what others draw, leaves the process's random numbers alone, and can be replaced."""
+    """One at a time does; it draws what others draw and can be replaced, and starting it leaves the process alone."""
     assert at_home["undisturbed"] == at_home["goes on"] == "True"
     assert at_home["inside"] == "True False alike: True" and at_home["again"] == "True True"
 

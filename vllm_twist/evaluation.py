@@ -352,8 +352,13 @@ class _Prompt:
         llm, most = self.evaluator.llm, count
         if current_platform.is_cpu():
             # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let them all fit into one.
-            whole = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens // len(self.prompt_ids)
-            most = max(1, min(count, whole))
+            step = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+            if len(self.prompt_ids) > step:
+                raise ValueError(
+                    f"`prompts` must have at most `max_num_batched_tokens`={step} tokens each on a CPU, got "
+                    f"{len(self.prompt_ids)}: raise `max_num_batched_tokens`, or shorten the prompt."
+                )
+            most = min(count, step // len(self.prompt_ids))
         outputs: Sequences = []
         for start in range(0, count, most):
             params = SamplingParams(

@@ -6,6 +6,7 @@ group, is kept in arrays on the host that change only when requests come and go.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class SlotTable:
         self.groups: reference.Groups | None = None
         #: By row of a group; see ``_group_rows``.
         self.totals = reference.Totals(
-            left=zeros(torch.float64), log_z=zeros(torch.float64), num_resamplings=zeros(torch.int32)
+            left=zeros(torch.float64).fill_(-math.inf), log_z=zeros(torch.float64), num_resamplings=zeros(torch.int32)
         )
         #: Whether any group may ever resample.
         self.forks = False
