@@ -77,7 +77,7 @@ class Setting:
     draws: int = 6000
 
 
-QUICK = Setting(classes=(0, 4), reviews=200, epochs=4, updates=15, batch=32, count=24, samples=24, draws=600)
+QUICK = Setting(classes=(4,), reviews=1200, updates=25, batch=32, count=32, samples=24, draws=300)
 
 
 # -- Drawing -----------------------------------------------------------------------------------

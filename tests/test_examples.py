@@ -33,6 +33,23 @@ def test_rare_event(repo_root: Path, tmp_path: Path):
     assert abs(prompt["log_z"]["mean"] - math.log(event["probability"])) < error
 
 
+def test_star_reviews(repo_root: Path, tmp_path: Path):
+    """A head for one class moves the proposal into it, and SMC moves it further, as a second classifier sees it.
+
+    Fixed seeds; with a head that learned nothing the proposal would have the share of p0. The divergences are not
+    judged: their intervals are as wide as what they differ by at this size.
+    """
+    command = [sys.executable, "-m", "examples.star_reviews", "--quick", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=repo_root, check=True, timeout=600)
+    found = json.loads((tmp_path / "star-reviews.json").read_text())
+    assert (tmp_path / "star-reviews.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "head-5" / "model.safetensors").exists()
+    assert found["accuracy"]["judge"] > 0.8, found["accuracy"]
+    (five,) = found["classes"].values()
+    share = {method: five[method]["in_class"] for method in ("p0", "q", "smc")}
+    assert share["q"] > share["p0"] + 0.2 and share["smc"] > share["p0"] + 0.3, share
+
+
 def test_infilling(repo_root: Path, tmp_path: Path):
     """The mean of log Z(o_T) is minus the entropy of o_T; a little learning brings the proposal nearer; fixed seeds."""
     command = [sys.executable, "-m", "examples.infilling", "--quick", "--out", str(tmp_path)]
