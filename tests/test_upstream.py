@@ -21,6 +21,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -29,7 +30,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_twist.engine import compat
-from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+from vllm_twist.engine.logits_processor import LaneSampler, TwistLogitsProcessor
 from vllm_twist.engine.logits_processor_v2 import TwistLogitsProcessorV2
 from vllm_twist.engine.sampler_v2 import StepOutput, StepOutputs, TwistSampler
 from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
@@ -66,6 +67,12 @@ OVERRIDDEN = [
 @pytest.mark.parametrize("ours, theirs, name", OVERRIDDEN, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_overrides_have_the_signatures_of_what_they_override(ours: type, theirs: type, name: str):
     assert parameters(getattr(ours, name)) == parameters(getattr(theirs, name))
+
+
+@pytest.mark.parametrize("name", ["forward_native", "forward_cpu", "forward_cuda"])
+def test_draw_is_called_as_vllm_calls_its_own(name: str):
+    """vLLM picks one of these as ``forward`` when its sampler is made."""
+    assert parameters(LaneSampler.forward) == parameters(getattr(TopKTopPSampler, name))
 
 
 def test_every_override_is_listed():

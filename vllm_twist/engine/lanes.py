@@ -133,9 +133,11 @@ class _Layout:
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.rows, self.slots = tensor(rows), tensor(slots)
+        self.lane_ids = [spec.lane_id for spec in specs]
         self.log_w: Tensor
         self.log_psi: Tensor
         self.log_p: Tensor
+        self.position: Tensor
         self.identity = torch.arange(len(rows), device=device)
         seeds, lanes = tensor([spec.seed for spec in specs]), tensor([spec.index for spec in specs])
         self.token_keys = reference.lane_keys(seeds, reference.TOKEN_STREAM, lanes)
@@ -175,6 +177,26 @@ class _Layout:
         base = [spec.base_proposal for spec in specs]
         self.base_proposal = tensor(base, torch.bool)[:, None] if any(base) else None
         self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
+        #: By group: the last token of all its lanes; None where some are ahead.
+        self.common: list[int | None] = []
+
+    def enter(self, **state: Tensor) -> None:
+        """Take over the lanes' state, [L] each."""
+        for name, values in state.items():
+            setattr(self, name, values)
+        positions = self.position.tolist()
+        for group in self.groups.values():
+            here = {positions[i] for i in group}
+            self.common.append(here.pop() if len(here) == 1 else None)
+
+    def advance(self) -> None:
+        """Go on to the next token."""
+        self.position += 1
+        self.common = [None if position is None else position + 1 for position in self.common]
+
+
+#: Names of the state tensors, of a table by slot and of a layout by lane.
+_STATE = ("log_w", "log_psi", "log_p", "position")
 
 
 class LaneTable:
@@ -196,10 +218,12 @@ class LaneTable:
         self.log_w = torch.zeros(0, device=device, dtype=torch.float64)
         self.log_psi = torch.zeros(0, device=device)
         self.log_p = torch.zeros(0, device=device, dtype=torch.float64)
-        #: Index of the last token drawn, from 1, by lane id.
-        self.position: dict[str, int] = {}
+        #: Index of the last token drawn, from 1.
+        self.position = torch.zeros(0, device=device, dtype=torch.int64)
         # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
+        #: The tokens of the last step [L], if its lanes were the whole batch: nothing is left to draw.
+        self.drawn: Tensor | None = None
 
     @torch.inference_mode()
     def add(self, spec: LaneSpec) -> None:
@@ -213,9 +237,8 @@ class LaneTable:
         self.slots[spec.lane_id] = slot
         self._groups[spec.lane_id] = spec.group_id
         self.group_sizes[spec.group_id] = self.group_sizes.get(spec.group_id, 0) + 1
-        self.position[spec.lane_id] = 0
-        for state in (self.log_w, self.log_psi, self.log_p):
-            state[slot] = 0
+        for name in _STATE:
+            getattr(self, name)[slot] = 0
 
     @torch.inference_mode()
     def release(self, lane_ids: Iterable[str]) -> None:
@@ -226,7 +249,6 @@ class LaneTable:
                 continue
             self._settle()
             self._free.append(slot)
-            del self.position[lane_id]
             group_id = self._groups.pop(lane_id)
             self.group_sizes[group_id] -= 1
             if not self.group_sizes[group_id]:
@@ -235,7 +257,7 @@ class LaneTable:
     def _grow(self) -> None:
         size = len(self.log_w)
         more = max(size, 64)
-        for name in ("log_w", "log_psi", "log_p"):
+        for name in _STATE:
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(more)]))
         self._free.extend(range(size + more - 1, size - 1, -1))
@@ -245,9 +267,7 @@ class LaneTable:
             self._settle()
             slots = [self.slots[spec.lane_id] for spec in specs]
             layout = _Layout(rows, specs, slots, self.group_sizes, self.device)
-            layout.log_w, layout.log_psi, layout.log_p = (
-                state[layout.slots] for state in (self.log_w, self.log_psi, self.log_p)
-            )
+            layout.enter(**{name: getattr(self, name)[layout.slots] for name in _STATE})
             self._layout = rows, specs, layout
         return self._layout[2]
 
@@ -255,9 +275,8 @@ class LaneTable:
         """Write the layout's state back to the slots, before either changes."""
         if self._layout is not None:
             layout = self._layout[2]
-            self.log_w[layout.slots] = layout.log_w
-            self.log_psi[layout.slots] = layout.log_psi
-            self.log_p[layout.slots] = layout.log_p
+            for name in _STATE:
+                getattr(self, name)[layout.slots] = getattr(layout, name)
             self._layout = None
 
     @torch.inference_mode()
@@ -278,8 +297,9 @@ class LaneTable:
         complete before the draw, and children of one parent draw different tokens.
 
         Args:
-            logits: [N, V] float32, after temperature and every logits processor; the rows of the
-                lanes are overwritten so that the engine's sampler can only pick the drawn token.
+            logits: [N, V] float32, after temperature and every logits processor. Where there are other
+                rows, those of the lanes are overwritten so that the engine's sampler can only pick the drawn
+                token; else ``drawn`` holds the tokens.
             rows: row of each lane, [L].
             specs: the lanes' settings, aligned with ``rows``.
             log_psi: log psi_t(prefix, .) of every next token, [L, V].
@@ -298,8 +318,7 @@ class LaneTable:
         # What the proposal sees of it.
         log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
-        positions = [self.position[spec.lane_id] + 1 for spec in specs]
-        self.position.update((spec.lane_id, position) for spec, position in zip(specs, positions, strict=True))
+        layout.advance()
         lse0, lse_psi = reference.twist_softmax(base, log_psi_q)
         due = layout.log_psi
         if layout.base_proposal is not None:
@@ -309,23 +328,29 @@ class LaneTable:
         # A group resamples when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
         # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
-        at = [{positions[i] for i in group} for group in layout.groups.values()]
         weights = log_w.tolist()
         sizes = [
             effective_sample_size([weights[i] for i in group]) if threshold > 0 else math.nan
             for threshold, group in zip(layout.thresholds, layout.groups.values(), strict=True)
         ]
         resampled = [
-            complete and len(here) == 1 and 1 < min(here) < last and _is_low(ess, threshold, len(group))
-            for complete, here, last, ess, threshold, group in zip(
-                layout.complete, at, layout.last, sizes, layout.thresholds, layout.groups.values(), strict=True
+            complete and at is not None and 1 < at < last and _is_low(ess, threshold, len(group))
+            for complete, at, last, ess, threshold, group in zip(
+                layout.complete,
+                layout.common,
+                layout.last,
+                sizes,
+                layout.thresholds,
+                layout.groups.values(),
+                strict=True,
             )
         ]
         ancestors = None
         if any(resampled):
-            positions_at = torch.tensor([min(here) for here in at], device=self.device)
+            # Where lanes are apart nothing is chosen, whatever the position.
+            positions = torch.tensor([at or 0 for at in layout.common], device=self.device)
             chosen = torch.tensor(resampled, device=self.device)
-            keys = reference.at_position(layout.group_keys, positions_at)
+            keys = reference.at_position(layout.group_keys, positions)
             picked, new_log_w, _, _ = reference.resample(
                 log_w[members],
                 layout.live,
@@ -341,12 +366,14 @@ class LaneTable:
             log_w[members[live]] = new_log_w[live]
             weights = log_w.tolist()
 
-        keys = reference.at_position(layout.token_keys, torch.tensor(positions, device=self.device))
+        keys = reference.at_position(layout.token_keys, layout.position)
         token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi_q, lse0, ancestors, keys)
         if ancestors is None:
             ancestors = layout.identity
-        for i, continuation in layout.held:
-            token[i] = continuation[min(positions[i], len(continuation)) - 1]
+        if layout.held:
+            places = layout.position.tolist()
+            for i, continuation in layout.held:
+                token[i] = continuation[min(places[i], len(continuation)) - 1]
         if layout.held or layout.base_proposal is not None:
             token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
         if layout.base_proposal is not None:
@@ -364,13 +391,12 @@ class LaneTable:
             for i in group:
                 flags[i] = fired
         logprobs = self._logprobs(specs, base, lse0, ancestors, token)
-        if len(rows) == len(logits):
-            logits.fill_(float("-inf")).scatter_(1, token[:, None], 0.0)
-        else:
+        self.drawn = token if len(rows) == len(logits) else None
+        if self.drawn is None:
             logits[layout.rows] = float("-inf")
             logits[layout.rows, token] = 0.0
         return TwistStep(
-            lane_ids=[spec.lane_id for spec in specs],
+            lane_ids=layout.lane_ids,
             ancestors=ancestors.tolist(),
             log_w=weights,
             log_p=layout.log_p.tolist(),

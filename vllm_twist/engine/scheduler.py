@@ -306,9 +306,10 @@ class TwistSchedulerMixin(_Base):
         Done before the base scheduler finds itself short, which would pick single lanes. The
         oldest one is never preempted: alone it fits, as was checked when it came.
         """
-        most_per_request = self.max_num_scheduled_tokens // self.block_tables.block_size + 2
         inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
-        if inside * most_per_request <= self.block_pool.get_num_free_blocks():
+        # However the step's tokens fall to the requests, each may begin a block and end in another.
+        most = self.max_num_scheduled_tokens // self.block_tables.block_size + 2 * inside
+        if most <= self.block_pool.get_num_free_blocks():
             return  # plenty; spares the count on most steps
         while self._blocks_short() > 0:
             units: list[Group | Request] = [group for group in self._active_groups() if self._is_running(group)]
