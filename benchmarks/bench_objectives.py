@@ -35,7 +35,7 @@ from vllm_twist.training_config import TrainingConfig
 
 CSV = Path("benchmarks/results/objectives.csv")
 DOCS = Path("docs")
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 #: The seed of the runs that choose the learning rate, none of those that count.
 GRID_SEED = 1000
 #: Fractions of the updates after which the head is evaluated.
