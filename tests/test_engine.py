@@ -271,6 +271,28 @@ def test_plain_rows_are_never_written(engine, wide: Tiny, monkeypatch):
     assert any(lanes == 7 and others == 2 for lanes, others in seen)
 
 
+def test_lanes_alone_are_drawn_once(clean, wide: Tiny, monkeypatch):
+    """vLLM draws where a batch holds a plain request, and only there; the tokens appended are those weighed."""
+    llm = clean(wide)
+    inner = worker_of(llm).model_runner.sampler.topk_topp_sampler.sampler
+    sizes = []
+    real = inner.forward
+
+    def spy(logits: torch.Tensor, *args: Any) -> Any:
+        sizes.append(len(logits))
+        return real(logits, *args)
+
+    monkeypatch.setattr(inner, "forward", spy)
+    twisted = params(max_tokens=12, ignore_eos=True, twist_particles=6, seed=1, **EVERY_STEP)
+    (alone,) = generate(llm, [prompt_of(9)], twisted)
+    assert_rescored(wide, alone)
+    assert not sizes
+    plain = params(max_tokens=5, ignore_eos=True, seed=2, twist=0)
+    beside, _ = generate(llm, [prompt_of(9), prompt_of(5)], [twisted, plain])
+    assert len(sizes) == 5 and max(sizes) == 7
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
 def test_more_groups_than_slots(clean, wide: Tiny):
     """Gang admission: ten groups of 40 lanes and plain requests share 64 slots; all finish."""
     llm = clean(wide)

@@ -222,8 +222,7 @@ class LaneTable:
         self.position = torch.zeros(0, device=device, dtype=torch.int64)
         # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
-        #: The tokens of the last step [L], if its lanes were the whole batch: nothing is left to draw.
-        self.drawn: Tensor | None = None
+        self._drawn: Tensor | None = None
 
     @torch.inference_mode()
     def add(self, spec: LaneSpec) -> None:
@@ -299,7 +298,7 @@ class LaneTable:
         Args:
             logits: [N, V] float32, after temperature and every logits processor. Where there are other
                 rows, those of the lanes are overwritten so that the engine's sampler can only pick the drawn
-                token; else ``drawn`` holds the tokens.
+                token; else ``take_drawn`` has the tokens.
             rows: row of each lane, [L].
             specs: the lanes' settings, aligned with ``rows``.
             log_psi: log psi_t(prefix, .) of every next token, [L, V].
@@ -391,8 +390,8 @@ class LaneTable:
             for i in group:
                 flags[i] = fired
         logprobs = self._logprobs(specs, base, lse0, ancestors, token)
-        self.drawn = token if len(rows) == len(logits) else None
-        if self.drawn is None:
+        self._drawn = token if len(rows) == len(logits) else None
+        if self._drawn is None:
             logits[layout.rows] = float("-inf")
             logits[layout.rows, token] = 0.0
         return TwistStep(
@@ -404,6 +403,11 @@ class LaneTable:
             resampled=flags,
             logprobs=logprobs,
         )
+
+    def take_drawn(self) -> Tensor | None:
+        """Return the tokens of the last step [L], once, if its lanes were the whole batch: nothing is left to draw."""
+        drawn, self._drawn = self._drawn, None
+        return drawn
 
     def _logprobs(
         self, specs: list[LaneSpec], base: Tensor, lse0: Tensor, ancestors: Tensor, token: Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, LaneTable, TwistStep
 
@@ -72,28 +72,7 @@ class TwistLogitsProcessor(LogitsProcessor):
             self.last_step = self.table.step(logits, self.found, specs, log_psi)
         return logits
 
-    def take_drawn(self) -> Tensor | None:
-        """Return the tokens of the step, once, if its lanes were the whole batch."""
-        drawn, self.table.drawn = self.table.drawn, None
-        return drawn
-
     def take_step(self) -> TwistStep | None:
         """Return what the last step did, once."""
         step, self.last_step = self.last_step, None
         return step
-
-
-class LaneSampler(nn.Module):
-    """In the place of vLLM's draw: leave out the batches in which every token has been drawn already."""
-
-    def __init__(self, processor: TwistLogitsProcessor, sampler: TopKTopPSampler) -> None:
-        super().__init__()
-        self.processor = processor
-        self.sampler = sampler
-
-    def forward(
-        self, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        # Such a batch has no request whose processed logprobs vLLM would want: those of lanes come with the step.
-        drawn = self.processor.take_drawn()
-        return self.sampler(logits, generators, k, p) if drawn is None else (drawn, None)

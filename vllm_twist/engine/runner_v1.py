@@ -9,8 +9,9 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_twist.engine.lanes import TwistStep
-from vllm_twist.engine.logits_processor import LaneSampler, TwistLogitsProcessor
+from vllm_twist.engine.logits_processor import TwistLogitsProcessor
 from vllm_twist.engine.readout import Readout, Rows
+from vllm_twist.engine.sampler_v1 import LaneSampler
 from vllm_twist.twist import TwistHead
 
 
@@ -26,7 +27,7 @@ class RunnerV1:
         self.due = False
         self.condition_ids: list[str] = []
         sampler = runner.sampler
-        sampler.topk_topp_sampler = LaneSampler(self.processor, sampler.topk_topp_sampler)
+        sampler.topk_topp_sampler = LaneSampler(self.table, sampler.topk_topp_sampler)
         self.processor.log_psi_of = self.readout.log_psi
         self.processor.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
 

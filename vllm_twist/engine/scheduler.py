@@ -307,8 +307,8 @@ class TwistSchedulerMixin(_Base):
         oldest one is never preempted: alone it fits, as was checked when it came.
         """
         inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
-        # However the step's tokens fall to the requests, each may begin a block and end in another.
-        most = self.max_num_scheduled_tokens // self.block_tables.block_size + 2 * inside
+        # However the step's tokens are shared out, a request needs a block per block_size of them, and one begun.
+        most = self.max_num_scheduled_tokens // self.block_tables.block_size + inside
         if most <= self.block_pool.get_num_free_blocks():
             return  # plenty; spares the count on most steps
         while self._blocks_short() > 0:
