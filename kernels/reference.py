@@ -41,7 +41,7 @@ def lane_keys(seeds: Tensor, stream: int, lanes: Tensor) -> Tensor:
 
 
 def at_position(keys: Tensor, positions: Tensor) -> Tensor:
-    """Return the keys [N] of ``lane_keys`` at token positions [N], int64.
+    """Return the keys [N] of ``lane_keys`` at token positions [N], int64, or [S, N] at S positions each.
 
     Such a key names a sequence of random numbers that depends on nothing else: not on the batch,
     the device or what was drawn before.
@@ -171,16 +171,29 @@ def twist_sample(
         token int64 [N], log p0(token) [N], log psi(token) [N].
     """
     logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale, rows)
+    return look_up(perturb(logits, log_psi, ancestors, keys).argmax(dim=-1), logits, log_psi, lse0, ancestors)
+
+
+def perturb(logits: Tensor, log_psi: Tensor | None, ancestors: Tensor | None, keys: Tensor) -> Tensor:
+    """Return logits + log psi of each lane's ancestor and Gumbel noise of its key, float32 [N, V]."""
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
     noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
     noise.add_(logits if ancestors is None else logits[ancestors])
     if log_psi is not None:
         noise.add_(log_psi if ancestors is None else log_psi[ancestors])
-    token = noise.argmax(dim=-1)
-    if ancestors is None:
-        ancestors = torch.arange(len(token), device=token.device)
-    log_p = logits[ancestors, token] - lse0[ancestors]
-    return token, log_p, torch.zeros_like(log_p) if log_psi is None else log_psi[ancestors, token]
+    return noise
+
+
+def look_up(
+    token: Tensor, logits: Tensor, log_psi: Tensor | None, lse0: Tensor, ancestors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens [N] with their log p0 and log psi, both float32 [N]: see ``twist_sample``."""
+
+    def at(values: Tensor) -> Tensor:
+        return values.gather(1, token[:, None])[:, 0] if ancestors is None else values[ancestors, token]
+
+    log_p = at(logits) - (lse0 if ancestors is None else lse0[ancestors])
+    return token, log_p, torch.zeros_like(log_p) if log_psi is None else at(log_psi)
 
 
 def effective_sample_size(log_w: Tensor, live: Tensor) -> Tensor:

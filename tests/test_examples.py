@@ -1,24 +1,46 @@
-"""The examples run from end to end, small, and show what they are there for."""
+"""The examples run from end to end, small, and show what they are there for.
+
+They run beside the session, from its start on.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from elsewhere import Line
 
 
-def test_rare_event(repo_root: Path, tmp_path: Path):
+def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
+    """Run the examples whose tests were selected."""
+    make_folder = request.getfixturevalue("tmp_path_factory").mktemp
+    for item in request.session.items:
+        if item.path == Path(__file__):
+            example = item.name.removeprefix("test_")
+            folder = make_folder(example)
+            line.add(example, ["-m", f"examples.{example}", "--quick", "--out", str(folder)], {}, folder)
+
+
+@pytest.fixture
+def made(line: Line, request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the example that the test is named after, and its figures."""
+    example = request.node.name.removeprefix("test_")
+    assert line.exit_code(example) == 0, line.said(example)
+    folder = line.folder(example)
+    return folder, json.loads((folder / f"{example.replace('_', '-')}.json").read_text())
+
+
+def test_rare_event(made: tuple[Path, dict[str, Any]]):
     """The learned proposal finds an event that p0 mostly misses; fixed seeds.
 
     A head that learned nothing would have the hits and the bounds of p0.
     """
-    command = [sys.executable, "-m", "examples.rare_event", "--quick", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=repo_root, check=True, timeout=600)
-    found = json.loads((tmp_path / "rare-event.json").read_text())
-    assert (tmp_path / "rare-event.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "head" / "model.safetensors").exists()
+    folder, found = made
+    assert (folder / "rare-event.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "head" / "model.safetensors").exists()
     shares = found["share_of_hits"]
     assert shares["twisted"] > 3 * max(shares["p0"], 0.01), shares
 
@@ -33,29 +55,25 @@ def test_rare_event(repo_root: Path, tmp_path: Path):
     assert abs(prompt["log_z"]["mean"] - math.log(event["probability"])) < error
 
 
-def test_star_reviews(repo_root: Path, tmp_path: Path):
+def test_star_reviews(made: tuple[Path, dict[str, Any]]):
     """A head for one class moves the proposal into it, and SMC moves it further, as a second classifier sees it.
 
     Fixed seeds; with a head that learned nothing the proposal would have the share of p0. The divergences are not
     judged: their intervals are as wide as what they differ by at this size.
     """
-    command = [sys.executable, "-m", "examples.star_reviews", "--quick", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=repo_root, check=True, timeout=600)
-    found = json.loads((tmp_path / "star-reviews.json").read_text())
-    assert (tmp_path / "star-reviews.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "head-5" / "model.safetensors").exists()
+    folder, found = made
+    assert (folder / "star-reviews.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "head-5" / "model.safetensors").exists()
     assert found["accuracy"]["judge"] > 0.8, found["accuracy"]
     (five,) = found["classes"].values()
     share = {method: five[method]["in_class"] for method in ("p0", "q", "smc")}
     assert share["q"] > share["p0"] + 0.2 and share["smc"] > share["p0"] + 0.3, share
 
 
-def test_infilling(repo_root: Path, tmp_path: Path):
+def test_infilling(made: tuple[Path, dict[str, Any]]):
     """The mean of log Z(o_T) is minus the entropy of o_T; a little learning brings the proposal nearer; fixed seeds."""
-    command = [sys.executable, "-m", "examples.infilling", "--quick", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=repo_root, check=True, timeout=600)
-    found = json.loads((tmp_path / "infilling.json").read_text())
-    assert (tmp_path / "infilling.png").read_bytes().startswith(b"\x89PNG")
+    folder, found = made
+    assert (folder / "infilling.png").read_bytes().startswith(b"\x89PNG")
     short = found["prompts"][0]
     assert found["left_out"] < 1e-3
     assert abs(short["log_z"]["mean"] - found["exact_mean_log_z"]) < 2 * short["log_z"]["ci95"]

@@ -45,7 +45,7 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
     if not INTERPRETED:
         selected = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
         folder = request.getfixturevalue("tmp_path_factory").mktemp("kernels")
-        line.add("kernels", selected, {"TRITON_INTERPRET": "1"}, folder)
+        line.add_tests("kernels", selected, {"TRITON_INTERPRET": "1"}, folder)
 
 
 @pytest.fixture(scope="module")

@@ -64,12 +64,12 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
     items = [item for item in request.session.items if item.path == Path(__file__)]
     make_folder = request.getfixturevalue("tmp_path_factory").mktemp
     reference = make_folder("reference") / "outcomes.json"
-    line.add("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
+    line.add_tests("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
     for mode in MODES:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:
             environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
-            line.add(mode, chosen, environment, make_folder(mode))
+            line.add_tests(mode, chosen, environment, make_folder(mode))
 
 
 @pytest.fixture(scope="module")

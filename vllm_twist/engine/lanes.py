@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_twist.engine.groups import effective_sample_size
-from vllm_twist.kernels import reference
+from vllm_twist.kernels import compiled, reference
 
 #: Key of a lane's ``LaneSpec`` in its ``SamplingParams.extra_args``.
 LANE_KEY = "twist_lane"
 #: Key of a request's own id in the same place, where its last hidden state is wanted: it computes a condition.
 CONDITION_KEY = "twist_condition_of"
+#: Tokens for which the keys of their random numbers are made at once.
+KEYS_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,9 @@ class _Layout:
         self.complete = [len(group) == group_sizes[group_id] for group_id, group in members.items()]
         #: By group: the last token of all its lanes; None where some are ahead.
         self.common: list[int | None] = []
+        #: Of the token about to be drawn, [L].
+        self.keys: Tensor
+        self._keys_ahead: Iterator[Tensor] = iter(())
 
     def enter(self, **state: Tensor) -> None:
         """Take over the lanes' state, [L] each."""
@@ -192,6 +198,13 @@ class _Layout:
     def advance(self) -> None:
         """Go on to the next token."""
         self.position += 1
+        keys = next(self._keys_ahead, None)
+        if keys is None:
+            # A dozen small operations, each of which costs more than its work: once for many tokens.
+            positions = self.position + torch.arange(KEYS_AHEAD, device=self.position.device)[:, None]
+            self._keys_ahead = iter(reference.at_position(self.token_keys, positions).unbind())
+            keys = next(self._keys_ahead)
+        self.keys = keys
         self.common = [None if position is None else position + 1 for position in self.common]
 
 
@@ -203,14 +216,19 @@ class LaneTable:
     """SMC state of all lanes on the worker, one slot each, and the step that advances it.
 
     A lane keeps its slot, and so its weight, while it is out of the batch (held or preempted);
-    ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does.
+    ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does; ``compile`` has the passes over
+    the vocabulary compiled.
     """
 
     def __init__(
-        self, device: torch.device, truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+        self,
+        device: torch.device,
+        truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+        compile: bool = False,
     ) -> None:
         self.device = device
         self.truncate = truncate
+        self.passes: Any = compiled if compile else reference
         self.slots: dict[str, int] = {}
         self.group_sizes: dict[str, int] = {}
         self._free: list[int] = []
@@ -223,6 +241,11 @@ class LaneTable:
         # While the batch stays as it is, the layout holds the lanes' state and the slots are stale.
         self._layout: tuple[list[int], list[LaneSpec], _Layout] | None = None
         self._drawn: Tensor | None = None
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Compile what is compiled, so that no request has to wait for it."""
+        if self.passes is compiled:
+            compiled.warm_up(vocab_size, self.device)
 
     @torch.inference_mode()
     def add(self, spec: LaneSpec) -> None:
@@ -318,7 +341,7 @@ class LaneTable:
         log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
         layout.advance()
-        lse0, lse_psi = reference.twist_softmax(base, log_psi_q)
+        lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
         due = layout.log_psi
         if layout.base_proposal is not None:
             due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
@@ -365,10 +388,9 @@ class LaneTable:
             log_w[members[live]] = new_log_w[live]
             weights = log_w.tolist()
 
-        keys = reference.at_position(layout.token_keys, layout.position)
-        token, token_log_p, token_log_psi = reference.twist_sample(base, log_psi_q, lse0, ancestors, keys)
-        if ancestors is None:
-            ancestors = layout.identity
+        token, token_log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
+        log_p = layout.log_p if ancestors is None else layout.log_p[ancestors]
+        ancestors = layout.identity if ancestors is None else ancestors
         if layout.held:
             places = layout.position.tolist()
             for i, continuation in layout.held:
@@ -381,7 +403,7 @@ class LaneTable:
             log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
             weights = log_w.tolist()
         layout.log_w = log_w
-        layout.log_p = layout.log_p[ancestors] + token_log_p
+        layout.log_p = log_p + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
         layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -32,7 +32,10 @@ class TwistLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.table = LaneTable(device, apply_top_k_top_p)
+        compilation = vllm_config.compilation_config
+        # As vLLM compiles the model on a CPU; a GPU has kernels.
+        compiles = compilation.mode != CompilationMode.NONE and compilation.backend == "inductor"
+        self.table = LaneTable(device, apply_top_k_top_p, compile=compiles and device.type == "cpu")
         self.specs: dict[int, LaneSpec] = {}
         self.rows: list[int] = []
         self.found: list[int] = []

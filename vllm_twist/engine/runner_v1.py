@@ -22,6 +22,7 @@ class RunnerV1:
         self.runner = runner
         self.processor = next(p for p in runner.input_batch.logitsprocs.all if isinstance(p, TwistLogitsProcessor))
         self.table = self.processor.table
+        self.table.warm_up(head.config.vocab_size)
         self.readout = Readout(runner.get_model(), head, self._find)
         #: Whether the logits of the step under way are yet to be made.
         self.due = False
@@ -40,6 +41,8 @@ class RunnerV1:
         return self._index(lanes), self._index(list(conditions))
 
     def _index(self, rows: list[int]) -> Rows:
+        if len(rows) == self.runner.input_batch.num_reqs:
+            return slice(None)
         return torch.tensor(rows, device=self.table.device) if rows else None
 
     def begin(self, scheduler_output: Any) -> None:
