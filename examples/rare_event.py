@@ -35,7 +35,7 @@ from vllm_twist.sampling import DrawRequest
 from vllm_twist.training import TrainingConfig, TwistTrainer
 
 PROMPT = "This blender is fabulous."
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 #: Seed of the classifier's reviews; the language model's corpus was written from 0.
 CLASSIFIER_SEED = 11
 
@@ -49,7 +49,8 @@ class Setting:
             measured on others.
         calibration: samples of p0 that the threshold is read off.
         reviews: reviews per class that the classifier is trained on.
-        soft_updates: updates towards p0 exp(r), which lead to where the event is.
+        betas: of the targets p0 exp(beta r), one after the other, which lead to where the event is.
+        soft_updates: updates towards each of these.
         updates: updates towards p0 phi.
         batch: sequences per update.
         particles: numbers of particles of the bounds.
@@ -60,12 +61,13 @@ class Setting:
     rarity: float = 3e-4
     calibration: int = 32_768
     reviews: int = 4000
-    soft_updates: int = 30
-    updates: int = 80
-    batch: int = 256
+    betas: tuple[float, ...] = (1.0, 2.0)
+    soft_updates: int = 25
+    updates: int = 120
+    batch: int = 512
     particles: tuple[int, ...] = (1, 4, 16, 64, 256, 512)
-    repeats: int = 12
-    draws: int = 32_768
+    repeats: int = 16
+    draws: int = 98_304
 
 
 #: A commoner event and a classifier that has seen less: for a test of the whole.
@@ -73,6 +75,7 @@ QUICK = Setting(
     rarity=0.03,
     calibration=2048,
     reviews=800,
+    betas=(1.0,),
     soft_updates=12,
     updates=12,
     batch=128,
@@ -94,26 +97,28 @@ def learn(setting: Setting, folder: Path) -> tuple[TwistTrainer, float]:
     """Return the trainer of a head for the event, with its engine running, and the event's threshold.
 
     Hardly any batch from p0 holds the event, and without it nothing can be learned. The head is therefore
-    first led towards p0 exp(r) (Eq. 19), whose r is the same logit without the threshold.
+    first led towards p0 exp(beta r) (Eq. 19), whose r is the same logit without the threshold. Led to the event at
+    once, the proposal settles on the few kinds of it that it happens to find first, and loses the others.
     """
     shared: dict[str, Any] = {"objective": "ctl", "head": "mlp", "max_tokens": MAX_TOKENS, "particles": setting.batch}
-    soft = TwistTrainer(
-        MODEL,
-        classifier(folder, 0.0, score="logit"),
-        TrainingConfig(updates=setting.soft_updates, seed=1, **shared),
-    )
-    start_engine(soft, PROMPT, max(512, *setting.particles))
-    with seconds_bar("  the event's threshold", expected=60):
-        logits = sorted(drawn(soft, "p0", setting.calibration, seed=6)[1], reverse=True)
+
+    def soft(beta: float) -> Classifier:
+        return classifier(folder, 0.0, score="logit", beta=beta)
+
+    def then(trainer: TwistTrainer, potential: Classifier, updates: int) -> TwistTrainer:
+        trainer.train([PROMPT], progress=True)
+        config = TrainingConfig(updates=updates, seed=trainer.config.seed + 1, **shared)
+        return TwistTrainer(MODEL, potential, config, head=trainer.head, sampler=trainer.sampler)
+
+    config = TrainingConfig(updates=setting.soft_updates, seed=1, **shared)
+    trainer = TwistTrainer(MODEL, soft(setting.betas[0]), config)
+    start_engine(trainer, PROMPT, max(512, *setting.particles))
+    with seconds_bar("  the event's threshold", expected=45):
+        logits = sorted(drawn(trainer, "p0", setting.calibration, seed=6)[1], reverse=True)
     threshold = logits[int(setting.rarity * setting.calibration)]
-    soft.train([PROMPT], progress=True)
-    trainer = TwistTrainer(
-        MODEL,
-        classifier(folder, threshold),
-        TrainingConfig(updates=setting.updates, seed=2, **shared),
-        head=soft.head,
-        sampler=soft.sampler,
-    )
+    for beta in setting.betas[1:]:
+        trainer = then(trainer, soft(beta), setting.soft_updates)
+    trainer = then(trainer, classifier(folder, threshold), setting.updates)
     trainer.train([PROMPT], progress=True)
     return trainer, threshold
 
