@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         samples=max(128, setting.draws // 100), max_draws=setting.draws, seed=5,
     )  # fmt: skip
     assert trainer.potential is not None
-    with seconds_bar("  bounds", expected=150):
+    with seconds_bar("  bounds", expected=220):
         evaluation = Evaluator(trainer.sampler.llm, trainer.potential, config).evaluate([PROMPT])
     trainer.close()
     (found,) = evaluation.prompts
