@@ -13,6 +13,7 @@ from runners import fewer
 from tiny import Tiny
 
 from vllm_twist import results
+from vllm_twist.engine import lanes
 
 EVERY_STEP = {"twist_ess_threshold": 1.0, "twist_return_particles": True}
 
@@ -291,6 +292,17 @@ def test_lanes_alone_are_drawn_once(clean, wide: Tiny, monkeypatch):
     beside, _ = generate(llm, [prompt_of(9), prompt_of(5)], [twisted, plain])
     assert len(sizes) == 5 and max(sizes) == 7
     assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_keys_made_ahead_are_those_of_their_tokens(clean, wide: Tiny, monkeypatch, ahead: int):
+    """Keys of how many tokens are made at once changes nothing, nor does a neighbour's end that cuts them short."""
+    llm = clean(wide)
+    prompts = [prompt_of(9), prompt_of(5)]
+    requests = [params(max_tokens=n, ignore_eos=True, twist_particles=3, seed=n, **EVERY_STEP) for n in (70, 7)]
+    expected = [results(output)[0].particles for output in generate(llm, prompts, requests)]
+    monkeypatch.setattr(lanes, "KEYS_AHEAD", ahead)
+    assert [results(output)[0].particles for output in generate(llm, prompts, requests)] == expected
 
 
 def test_more_groups_than_slots(clean, wide: Tiny):
