@@ -213,8 +213,8 @@ def test_scale_invariance(engine, small: Tiny, tmp_path):
 
 def test_single_particle_is_the_twist_induced_proposal(engine, small: Tiny):
     """K = 1 draws from softmax(log p0 + log psi): chi-square over four tokens, odds of a false alarm 1e-4."""
-    n = fewer(4000, least=160)
-    outputs = run(engine(small), PROMPTS["below"], 4000, particles=1, horizon=1, least=160)
+    n = fewer(4000)
+    outputs = run(engine(small), PROMPTS["below"], 4000, particles=1, horizon=1)
     logits, log_psi = small.logits_and_log_psi([PROMPTS["below"]])
     expected = (logits + log_psi).double().softmax(-1)[0] * n
     counts = torch.zeros(small.vocab, dtype=torch.float64)
