@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-
-# Compiled at the first call, for any number of rows from two on.
-_softmax = torch.compile(reference.twist_softmax, dynamic=True)
-_perturb = torch.compile(reference.perturb, dynamic=True)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -17,28 +16,36 @@ def _whole(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.storage_offset() else x.clone(memory_format=torch.contiguous_format)
 
 
-def twist_softmax(logits: Tensor, log_psi: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.twist_softmax``, both float32 [N, V]."""
-    if len(logits) == 1:
-        return reference.twist_softmax(logits, log_psi)
-    return _softmax(_whole(logits), _whole(log_psi))
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile at the first call, for any number of rows from two on; a single one is left as it is."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(*args: Tensor) -> Any:
+        return function(*args) if len(args[0]) == 1 else compiled(*map(_whole, args))
+
+    return call
+
+
+# As in ``reference``, logits and log psi float32 [N, V]; the tokens are the same unless two scores are within
+# float32 rounding.
+twist_softmax = _compile(reference.twist_softmax)
+weigh_and_sample = _compile(reference.weigh_and_sample)
+_sample = _compile(reference.twist_sample)
 
 
 def twist_sample(
     logits: Tensor, log_psi: Tensor, lse0: Tensor, ancestors: Tensor | None, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.twist_sample``, whose tokens it draws unless two scores are within float32 rounding."""
-    if len(logits) == 1:
-        return reference.twist_sample(logits, log_psi, lse0, ancestors, keys)
+    """As ``reference.twist_sample``."""
     parents = torch.arange(len(keys), device=keys.device) if ancestors is None else ancestors
-    # Inductor's own argmax would be slower than the pass.
-    token = _perturb(_whole(logits), _whole(log_psi), parents, _whole(keys)).argmax(dim=-1)
-    return reference.look_up(token, logits, log_psi, lse0, ancestors)
+    return _sample(logits, log_psi, lse0, parents, keys)
 
 
 @torch.inference_mode()
 def warm_up(vocab_size: int, device: torch.device) -> None:
     """Compile for a vocabulary, so that no request has to wait for it."""
-    zeros = torch.zeros(2, vocab_size, device=device)
-    lse0, _ = twist_softmax(zeros, zeros.clone())
-    twist_sample(zeros, zeros.clone(), lse0, None, torch.arange(2, device=device))
+    logits, log_psi = (torch.zeros(2, vocab_size, device=device) for _ in range(2))
+    keys = torch.arange(2, device=device)
+    lse0, _ = twist_softmax(logits, log_psi)
+    twist_sample(logits, log_psi, lse0, None, keys)
+    weigh_and_sample(logits, log_psi, keys, torch.zeros(2, device=device, dtype=torch.float64), lse0)

@@ -171,29 +171,37 @@ def twist_sample(
         token int64 [N], log p0(token) [N], log psi(token) [N].
     """
     logits, log_psi = _scaled(logits, log_psi, inverse_temperature, scale, rows)
-    return look_up(perturb(logits, log_psi, ancestors, keys).argmax(dim=-1), logits, log_psi, lse0, ancestors)
-
-
-def perturb(logits: Tensor, log_psi: Tensor | None, ancestors: Tensor | None, keys: Tensor) -> Tensor:
-    """Return logits + log psi of each lane's ancestor and Gumbel noise of its key, float32 [N, V]."""
     # -log(-log1p(-u)): the race is won at small u, where the uniforms are finest.
-    noise = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
-    noise.add_(logits if ancestors is None else logits[ancestors])
+    scores = counter_uniforms(keys, logits.shape[-1]).neg_().log1p_().neg_().log_().neg_()
+    scores.add_(logits if ancestors is None else logits[ancestors])
     if log_psi is not None:
-        noise.add_(log_psi if ancestors is None else log_psi[ancestors])
-    return noise
-
-
-def look_up(
-    token: Tensor, logits: Tensor, log_psi: Tensor | None, lse0: Tensor, ancestors: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens [N] with their log p0 and log psi, both float32 [N]: see ``twist_sample``."""
+        scores.add_(log_psi if ancestors is None else log_psi[ancestors])
+    token = scores.argmax(dim=-1)
 
     def at(values: Tensor) -> Tensor:
         return values.gather(1, token[:, None])[:, 0] if ancestors is None else values[ancestors, token]
 
     log_p = at(logits) - (lse0 if ancestors is None else lse0[ancestors])
     return token, log_p, torch.zeros_like(log_p) if log_psi is None else at(log_psi)
+
+
+def weigh_and_sample(
+    logits: Tensor, log_psi: Tensor, keys: Tensor, log_w: Tensor, log_psi_before: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weigh and draw for lanes that all go on with their own particle: ``twist_softmax`` and ``twist_sample`` in one.
+
+        log_w += lse_psi - lse0 - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
+
+    Args:
+        logits, log_psi, keys: as there.
+        log_w: log weights, float64 [N].
+        log_psi_before: log psi of the last tokens, float32 [N].
+
+    Returns:
+        lse0 [N], the new log weights [N], token int64 [N], log p0(token) [N], log psi(token) [N].
+    """
+    lse0, lse_psi = twist_softmax(logits, log_psi)
+    return lse0, log_w + (lse_psi - lse0 - log_psi_before), *twist_sample(logits, log_psi, lse0, None, keys)
 
 
 def effective_sample_size(log_w: Tensor, live: Tensor) -> Tensor:

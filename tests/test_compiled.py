@@ -22,7 +22,7 @@ def test_same_as_the_reference(vocab: int):
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     compiled.warm_up(vocab, torch.device("cpu"))
-    assert counters["stats"]["unique_graphs"] - before == 2
+    assert counters["stats"]["unique_graphs"] - before == 3
     for n in (2, 1, 3, 150):
         # As vLLM cuts the logits of a vocabulary that it has padded.
         logits, log_psi = torch.randn(2, n, vocab + 24, generator=generator)[..., :vocab]
@@ -35,24 +35,34 @@ def test_same_as_the_reference(vocab: int):
             got = compiled.twist_sample(logits, log_psi, sums[0], ancestors, keys)
             expected = reference.twist_sample(logits, log_psi, sums[0], ancestors, keys)
             assert all(map(torch.equal, got, expected))
-    assert counters["stats"]["unique_graphs"] - before == 2
+        log_w, before_log_psi = torch.randn(2, n, generator=generator)
+        state = keys, log_w.double(), before_log_psi
+        got = compiled.weigh_and_sample(logits, log_psi, *state)
+        expected = reference.weigh_and_sample(logits, log_psi, *state)
+        assert torch.equal(got[2], expected[2])
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] - before == 3
 
 
 def test_same_in_the_engine(engine: Any, small: Tiny, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The same seeds give the same particles and numbers, whatever a request asks for."""
     expected = {path.name: outcome(engine, request, path) for path in PATHS}
-    calls = []
+    calls: dict[str, list[int]] = {"twist_sample": [], "weigh_and_sample": []}
     for name in ("conditional", "wide", "bigram", "small"):
         table = worker_of(engine(request.getfixturevalue(name))).twist.table
         monkeypatch.setattr(table, "passes", compiled)
-    real = compiled.twist_sample
-    monkeypatch.setattr(compiled, "twist_sample", lambda *args: calls.append(len(args[0])) or real(*args))
+    for name, sizes in calls.items():
+        real = getattr(compiled, name)
+        monkeypatch.setattr(
+            compiled, name, lambda *args, real=real, sizes=sizes: sizes.append(len(args[0])) or real(*args)
+        )
     for path in PATHS:
         for mine, theirs in zip(outcome(engine, request, path), expected[path.name], strict=True):
             assert mine["tokens"] == theirs["tokens"], path.name
             assert mine["counts"] == theirs["counts"], path.name
             assert mine["numbers"] == pytest.approx(theirs["numbers"], abs=2e-4), path.name
-    assert max(calls) > 1
+    assert all(max(sizes) > 1 for sizes in calls.values())
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -104,7 +104,7 @@ class TwistStep:
 
 def _is_low(ess: float, threshold: float, live: int) -> bool:
     """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
-    return live >= 2 and ess == ess and (threshold >= 1 or ess < threshold * live)
+    return ess == ess and (threshold >= 1 or ess < threshold * live)
 
 
 def lineage_logprobs(log_p: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,65 +330,37 @@ class LaneTable:
             what the scheduler has to mirror.
         """
         layout = self._lay_out(rows, specs)
-        members = layout.members
         # Rows are sorted: if there are no others, they are the whole batch.
         base = logits if len(rows) == len(logits) else logits[layout.rows]
         base = self.truncate(base, layout.top_k, layout.top_p)
         log_psi = log_psi.to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
-        # What the proposal sees of it.
-        log_psi_q = log_psi if layout.base_proposal is None else log_psi.masked_fill(layout.base_proposal, 0.0)
 
         layout.advance()
-        lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
-        due = layout.log_psi
-        if layout.base_proposal is not None:
-            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
-        log_w = layout.log_w + (lse_psi - lse0 - due)
-
-        # A group resamples when all its live lanes are here, at the same token, neither at the
+        # A group may resample when all its live lanes are here, at the same token, neither at the
         # first token (equal weights) nor at the last (it would only add noise).
-        # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
-        weights = log_w.tolist()
-        sizes = [
-            effective_sample_size([weights[i] for i in group]) if threshold > 0 else math.nan
-            for threshold, group in zip(layout.thresholds, layout.groups.values(), strict=True)
-        ]
-        resampled = [
-            complete and at is not None and 1 < at < last and _is_low(ess, threshold, len(group))
-            for complete, at, last, ess, threshold, group in zip(
-                layout.complete,
-                layout.common,
-                layout.last,
-                sizes,
-                layout.thresholds,
-                layout.groups.values(),
-                strict=True,
+        may = [
+            complete and at is not None and 1 < at < last and threshold > 0 and len(group) > 1
+            for complete, at, last, threshold, group in zip(
+                layout.complete, layout.common, layout.last, layout.thresholds, layout.groups.values(), strict=True
             )
         ]
-        ancestors = None
-        if any(resampled):
-            # Where lanes are apart nothing is chosen, whatever the position.
-            positions = torch.tensor([at or 0 for at in layout.common], device=self.device)
-            chosen = torch.tensor(resampled, device=self.device)
-            keys = reference.at_position(layout.group_keys, positions)
-            picked, new_log_w, _, _ = reference.resample(
-                log_w[members],
-                layout.live,
-                chosen,
-                torch.ones_like(chosen, dtype=torch.float64),
-                layout.schemes,
-                reference.counter_uniforms(keys, members.shape[1]),
-                layout.pinned,
+        resampled, ancestors = may, None
+        if not any(may) and layout.base_proposal is None:
+            lse0, log_w, token, token_log_p, token_log_psi = self.passes.weigh_and_sample(
+                base, log_psi, layout.keys, layout.log_w, layout.log_psi
             )
-            live = layout.live
-            ancestors = torch.empty_like(layout.slots)
-            ancestors[members[live]] = members.gather(1, picked)[live]
-            log_w[members[live]] = new_log_w[live]
-            weights = log_w.tolist()
-
-        token, token_log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
+        else:
+            log_psi_q, due = log_psi, layout.log_psi
+            if layout.base_proposal is not None:
+                # The proposal sees nothing of the twist.
+                log_psi_q = log_psi.masked_fill(layout.base_proposal, 0.0)
+                due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+            lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
+            log_w = layout.log_w + (lse_psi - lse0 - due)
+            resampled, ancestors = self._resample(layout, log_w, may)
+            token, token_log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
         log_p = layout.log_p if ancestors is None else layout.log_p[ancestors]
         ancestors = layout.identity if ancestors is None else ancestors
         if layout.held:
@@ -401,7 +373,6 @@ class LaneTable:
             # q = p0: what the token adds to the weight is known only now (Eq. 10).
             gain = token_log_psi - layout.log_psi[ancestors]
             log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
-            weights = log_w.tolist()
         layout.log_w = log_w
         layout.log_p = log_p + token_log_p
         # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
@@ -419,12 +390,45 @@ class LaneTable:
         return TwistStep(
             lane_ids=layout.lane_ids,
             ancestors=ancestors.tolist(),
-            log_w=weights,
+            log_w=log_w.tolist(),
             log_p=layout.log_p.tolist(),
             log_psi=layout.log_psi.tolist(),
             resampled=flags,
             logprobs=logprobs,
         )
+
+    def _resample(self, layout: _Layout, log_w: Tensor, may: list[bool]) -> tuple[list[bool], Tensor | None]:
+        """Resample the groups that may and need to, their ``log_w`` [L] in place.
+
+        Returns:
+            which groups did, and each lane's ancestor [L], None where no group did.
+        """
+        # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
+        weights = log_w.tolist()
+        resampled = [
+            can and _is_low(effective_sample_size([weights[i] for i in group]), threshold, len(group))
+            for can, threshold, group in zip(may, layout.thresholds, layout.groups.values(), strict=True)
+        ]
+        if not any(resampled):
+            return resampled, None
+        # Where lanes are apart nothing is chosen, whatever the position.
+        positions = torch.tensor([at or 0 for at in layout.common], device=self.device)
+        chosen = torch.tensor(resampled, device=self.device)
+        keys = reference.at_position(layout.group_keys, positions)
+        members, live = layout.members, layout.live
+        picked, new_log_w, _, _ = reference.resample(
+            log_w[members],
+            live,
+            chosen,
+            torch.ones_like(chosen, dtype=torch.float64),
+            layout.schemes,
+            reference.counter_uniforms(keys, members.shape[1]),
+            layout.pinned,
+        )
+        ancestors = torch.empty_like(layout.slots)
+        ancestors[members[live]] = members.gather(1, picked)[live]
+        log_w[members[live]] = new_log_w[live]
+        return resampled, ancestors
 
     def take_drawn(self) -> Tensor | None:
         """Return the tokens of the last step [L], once, if its lanes were the whole batch: nothing is left to draw."""

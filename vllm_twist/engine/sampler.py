@@ -81,6 +81,8 @@ class EngineSampler:
                 **engine_args,
             }
             if not torch.cuda.is_available():
+                # The smallest that vLLM has here: every fork copies one.
+                options.setdefault("block_size", 32)
                 # A seeded prompt that is computed in two steps fails in vLLM on a CPU: let them all fit into one.
                 whole = min(options["max_num_seqs"] * options["max_model_len"], MAX_TOKENS_PER_STEP)
                 options.setdefault("max_num_batched_tokens", max(2048, whole))
