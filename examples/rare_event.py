@@ -50,8 +50,8 @@ class Setting:
         calibration: samples of p0 that the threshold is read off.
         reviews: reviews per class that the classifier is trained on.
         betas: of the targets p0 exp(beta r), one after the other, which lead to where the event is.
-        soft_updates: updates towards each of these.
-        updates: updates towards p0 phi.
+        soft_updates, soft_lr: updates towards each of these, and their learning rate.
+        updates, lr: updates towards p0 phi, and theirs.
         batch: sequences per update.
         particles: numbers of particles of the bounds.
         repeats: groups per bound.
@@ -62,11 +62,13 @@ class Setting:
     calibration: int = 32_768
     reviews: int = 4000
     betas: tuple[float, ...] = (1.0, 2.0)
-    soft_updates: int = 25
-    updates: int = 120
+    soft_updates: int = 50
+    soft_lr: float = 3e-3
+    updates: int = 30
+    lr: float = 1e-3
     batch: int = 512
     particles: tuple[int, ...] = (1, 4, 16, 64, 256, 512)
-    repeats: int = 16
+    repeats: int = 24
     draws: int = 98_304
 
 
@@ -98,27 +100,30 @@ def learn(setting: Setting, folder: Path) -> tuple[TwistTrainer, float]:
 
     Hardly any batch from p0 holds the event, and without it nothing can be learned. The head is therefore
     first led towards p0 exp(beta r) (Eq. 19), whose r is the same logit without the threshold. Led to the event at
-    once, the proposal settles on the few kinds of it that it happens to find first, and loses the others.
+    once, the proposal settles on the few kinds of it that it happens to find first, and loses the others. So does
+    a head with weights for every token, which unlearns those that its batches lack; a tied one moves the hidden state
+    and leaves the tokens to the LM head.
     """
-    shared: dict[str, Any] = {"objective": "ctl", "head": "mlp", "max_tokens": MAX_TOKENS, "particles": setting.batch}
+    size = {"max_tokens": MAX_TOKENS, "particles": setting.batch}
+    shared: dict[str, Any] = {"objective": "ctl", "head": "tied", "rank": 128, **size}
 
     def soft(beta: float) -> Classifier:
         return classifier(folder, 0.0, score="logit", beta=beta)
 
-    def then(trainer: TwistTrainer, potential: Classifier, updates: int) -> TwistTrainer:
+    def then(trainer: TwistTrainer, potential: Classifier, updates: int, lr: float) -> TwistTrainer:
         trainer.train([PROMPT], progress=True)
-        config = TrainingConfig(updates=updates, seed=trainer.config.seed + 1, **shared)
+        config = TrainingConfig(updates=updates, lr=lr, seed=trainer.config.seed + 1, **shared)
         return TwistTrainer(MODEL, potential, config, head=trainer.head, sampler=trainer.sampler)
 
-    config = TrainingConfig(updates=setting.soft_updates, seed=1, **shared)
+    config = TrainingConfig(updates=setting.soft_updates, lr=setting.soft_lr, seed=1, **shared)
     trainer = TwistTrainer(MODEL, soft(setting.betas[0]), config)
     start_engine(trainer, PROMPT, max(512, *setting.particles))
     with seconds_bar("  the event's threshold", expected=45):
         logits = sorted(drawn(trainer, "p0", setting.calibration, seed=6)[1], reverse=True)
     threshold = logits[int(setting.rarity * setting.calibration)]
     for beta in setting.betas[1:]:
-        trainer = then(trainer, soft(beta), setting.soft_updates)
-    trainer = then(trainer, classifier(folder, threshold), setting.updates)
+        trainer = then(trainer, soft(beta), setting.soft_updates, setting.soft_lr)
+    trainer = then(trainer, classifier(folder, threshold), setting.updates, setting.lr)
     trainer.train([PROMPT], progress=True)
     return trainer, threshold
 
@@ -188,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         samples=max(128, setting.draws // 100), max_draws=setting.draws, seed=5,
     )  # fmt: skip
     assert trainer.potential is not None
-    with seconds_bar("  bounds", expected=220):
+    with seconds_bar("  bounds", expected=280):
         evaluation = Evaluator(trainer.sampler.llm, trainer.potential, config).evaluate([PROMPT])
     trainer.close()
     (found,) = evaluation.prompts
