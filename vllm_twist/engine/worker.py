@@ -29,6 +29,10 @@ class TwistWorkerMixin(_Base):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)
+        if self.device is not None and self.device.type == "cpu":
+            # In bfloat16 vLLM's attention uses AMX, which Linux grants a process that has asked for it. PyTorch asks
+            # when it first uses it: in an eager model too late for the attention, an illegal instruction till then.
+            torch.cpu._init_amx()
         # Each runner's part is imported where it runs: the other's may not exist on this platform.
         name = "runner_v2.RunnerV2" if self.use_v2_model_runner else "runner_v1.RunnerV1"
         connect = resolve_obj_by_qualname(f"vllm_twist.engine.{name}")
