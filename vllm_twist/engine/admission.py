@@ -82,7 +82,7 @@ def num_engines(parallel: Any) -> int:
     Those whose answers vLLM's client adds up (``MPClient._apply_ready_response``): all, unless it is one rank of
     offline data parallelism or manages its own node's engines alone.
     """
-    if parallel.data_parallel_rank_local is not None:
+    if parallel.data_parallel_rank_local is not None or parallel.distributed_executor_backend == "external_launcher":
         return 1
     return parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
 
