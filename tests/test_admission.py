@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -112,11 +113,12 @@ def test_groups_of_one_request_are_independent(engine, wide: Tiny):
         for more in ({"n": 3, "seed": 1}, {"n": 3, "seed": 2}, {"seed": 1})
     )
     log_z = [group.log_z for output in (first, second) for group in results(output)]
-    assert len(set(log_z)) == 6
-    assert results(alone)[0].log_z == log_z[0]
+    assert min(abs(a - b) for a, b in itertools.combinations(log_z, 2)) > 1e-3
+    # Rounding depends on what else is in the batch.
+    assert results(alone)[0].log_z == pytest.approx(log_z[0], abs=1e-4)
     assert alone.outputs[0].token_ids == first.outputs[0].token_ids
     (again,) = generate(engine(wide), prompt, params(**options, n=3, seed=1))
-    assert [group.log_z for group in results(again)] == log_z[:3]
+    assert [group.log_z for group in results(again)] == pytest.approx(log_z[:3], abs=1e-4)
 
 
 def test_seed_of_the_engine_fixes_unseeded_groups(wide: Tiny):
