@@ -123,7 +123,8 @@ def test_twist_off(off: Any) -> None:
         # A misspelling without the prefix would otherwise be passed over in silence.
         ({"twits_particles": 3}, r"unknown request key `twits_particles` \(did you mean 'twist_particles'\?\)"),
         ({"twistqqq": 1}, f"unknown request key `twistqqq`: {KNOWN_KEYS}"),
-        ({"twist_head": "x"}, "unknown request key `twist_head`"),
+        ({"twist_head": "x"}, "`twist_head` is an option of the engine, not of a request, got 'x': start an engine"),
+        ({"twist_potential_timeout": 3}, "start an engine with `--twist-potential-timeout`; a request may set"),
         ({"twist": 2}, r"`twist` must be 0 or 1 \(false or true\), got 2"),
     ],
 )
@@ -137,6 +138,20 @@ def test_engine_options() -> None:
     got = TwistConfig.from_options({"twist_head": "user/head", "twist_particles": 8, "twist_scale": None})
     assert got == TwistConfig("user/head", RequestConfig(particles=8))
     assert TwistConfig.from_dict(got.to_dict()) == got
+
+
+def test_engine_options_over_others() -> None:
+    """What is given replaces what is there; the rest stays."""
+    base = TwistConfig.from_options({"twist_head": "user/head", "twist_particles": 8, "twist_potential": "a:b"})
+    got = TwistConfig.from_options({"twist_scale": 2.0, "twist_particles": None, "twist_potential_timeout": 5}, base)
+    assert got == TwistConfig("user/head", RequestConfig(particles=8, scale=2.0), "a:b", 5.0)
+    assert TwistConfig.from_options({"twist_head": "other"}, base).head == "other"
+
+
+@pytest.mark.parametrize("values", [None, "head", {}, {"head": "x", "colour": 1}, {"head": "x", "defaults": {"k": 1}}])
+def test_settings_that_are_none(values: Any) -> None:
+    with pytest.raises(ValueError, match="`additional_config` must hold what `TwistConfig.to_dict` returns under 'twi"):
+        TwistConfig.from_dict(values)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,8 @@ BAD = [
     ({"twist": 7}, "`twist` must be 0 or 1"),
     ({"temperature": 0}, "`temperature` must be above 0 with a twist"),
     ({"echo": True, "logprobs": 1}, "`prompt_logprobs` is not supported together with a twist"),
+    ({"echo": True, "logprobs": 0}, "`prompt_logprobs` is not supported together with a twist, got 0"),
+    ({"twist_head": "x"}, "`twist_head` is an option of the engine, not of a request"),
 ]
 
 
@@ -180,6 +183,58 @@ def test_bad_input_is_http_400(client: openai.OpenAI, options: dict[str, Any], m
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **options)
     assert message in str(caught.value)
+
+
+CHAT = {"messages": [{"role": "user", "content": "This blender"}], "max_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("v1/completions", {"prompt": "I bought this", "max_tokens": 8}),
+        ("v1/chat/completions", CHAT),
+        ("v1/chat/completions/batch", {**CHAT, "messages": [CHAT["messages"]]}),
+        ("v1/responses", {"input": "This blender", "max_output_tokens": 8}),
+        ("v1/messages", CHAT),
+        ("inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"max_tokens": 8}}),
+    ],
+)
+def test_keys_beside_vllm_xargs_are_refused(client: openai.OpenAI, path: str, body: dict[str, Any]):
+    """They would be passed over in silence; without them the request is served."""
+    url = str(client.base_url).removesuffix("v1/") + path
+
+    def post(**more: Any) -> tuple[int, Any]:
+        data = json.dumps({"model": MODEL, **body, **more}).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    assert post()[0] == 200
+    status, answer = post(twist_particles=4)
+    assert status == 400
+    message = answer["error"]["message"]
+    assert '`twist_particles` must be sent in `vllm_xargs`, got it beside: send "vllm_xargs": {"twist_' in message
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_beam_search_is_plain(client: openai.OpenAI, temperature: int):
+    """It cannot be told to be, so it is; settings for it are refused."""
+
+    def search(**extra: Any) -> Any:
+        return client.completions.create(
+            model=MODEL, prompt="I bought this", max_tokens=8, n=2, temperature=temperature,
+            extra_body={"use_beam_search": True, "vllm_xargs": extra or None},
+        )  # fmt: skip
+
+    response = search()
+    assert len({choice.text for choice in response.choices}) == 2
+    assert response.model_extra["kv_transfer_params"] is None
+    assert [choice.text for choice in search(twist=0).choices] == [choice.text for choice in response.choices]
+    with pytest.raises(openai.BadRequestError, match="`twist_particles` is not supported together with `use_beam_sea"):
+        search(twist_particles=4)
 
 
 def test_structured_outputs_are_refused(client: openai.OpenAI):

@@ -6,6 +6,7 @@ A failure here after an upgrade names what moved, before anything subtler goes w
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector, PendingAuxOutput
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -108,6 +113,9 @@ PATCHED = [
          "ec_transfer_params", "error"],
     ),
     (GenerateBaseServing, "_raise_if_error", ["self", "finish_reason", "request_id"]),
+    (BaseServing, "_check_model", ["self", "request"]),
+    (AnthropicServingMessages, "create_messages", ["self", "request", "raw_request"]),
+    (ServingTokens, "serve_tokens", ["self", "request", "raw_request"]),
 ]  # fmt: skip
 
 
@@ -139,7 +147,11 @@ SOURCES = {
                 "finished_req_ids_dict", "_enqueue_waiting_request(self, request", "_preempt_request(",
                 "drop_stale_output",
                 "request.next_decode_eligible_step"],
-    ParentRequest: ["child_requests"],
+    ParentRequest: ["child_requests", "child_sampling_params.seed = seed + index"],
+    MPClient: ["num_ranks = dp_local_size if parallel_config.local_engines_only else dp_size",
+               "offline_mode = parallel_config.data_parallel_rank_local is not None",
+               "[dp_rank] if offline_mode else list(range(dp_rank, dp_rank + num_ranks))",
+               "num_gpu_blocks += response.num_gpu_blocks"],
     AsyncScheduler: ["request.num_output_placeholders"],
     GPUModelRunner: ["self.execute_model_state", "self.aux_output_connector.prepare_output(input_batch)",
                      "self.aux_output_connector: AuxOutputWorkerConnector | None = None",
@@ -155,6 +167,13 @@ def test_internals_in_use_still_exist(owner: type):
     source = inspect.getsource(owner)
     for name in SOURCES[owner]:
         assert name in source, f"{owner.__name__} no longer has {name}"
+
+
+@pytest.mark.parametrize("name", compat.PLAIN_MODULES)
+def test_modules_make_requests_of_their_own(name: str):
+    """Each makes its sampling parameters by this name, and asks for no object's class by it."""
+    source = inspect.getsource(importlib.import_module(name))
+    assert "SamplingParams(\n" in source and ", SamplingParams)" not in source
 
 
 def test_the_step_comes_between_the_draw_and_the_runners_own_update():

@@ -43,6 +43,17 @@ class _Loader(importlib.abc.Loader):
         register()
 
 
+class _Spec(ModuleSpec):
+    """The spec of a module that is being imported: importlib ends with ``_initializing = False``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if hasattr(sys.modules.get(TARGET), "EngineArgs"):
+                register()
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TARGET:
@@ -58,8 +69,12 @@ def activate() -> None:
     """Register now if vLLM's engine arguments exist, else when they come to be. Re-entrant."""
     module = sys.modules.get(TARGET)
     if module is not None:
+        spec = module.__spec__
         if hasattr(module, "EngineArgs"):
             register()
+        elif type(spec) is ModuleSpec:
+            # It is among its own first imports, where vLLM looks for its platform: too late for a finder.
+            spec.__class__ = _Spec  # type: ignore[assignment]
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

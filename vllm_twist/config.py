@@ -167,6 +167,11 @@ class RequestConfig:
                 enabled = _flag(key, value)
             elif key in known:
                 changes[key.removeprefix(f"{PREFIX}_")] = value
+            elif key in option_names():
+                raise ValueError(
+                    f"`{key}` is an option of the engine, not of a request, got {value!r}: start an engine with "
+                    f"`--{key.replace('_', '-')}`; a request may set {PREFIX}, {', '.join(known)}."
+                )
             elif key.startswith(PREFIX) or difflib.get_close_matches(key, known, n=1, cutoff=0.85):
                 raise ValueError(
                     f"unknown request key `{key}`{did_you_mean(key, known)}: "
@@ -212,8 +217,8 @@ class TwistConfig:
         object.__setattr__(self, "potential_timeout", timeout)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> TwistConfig:
-        """Build from ``twist_*`` keywords, those left at None meaning "as by default".
+    def from_options(cls, options: Mapping[str, Any], base: TwistConfig | None = None) -> TwistConfig:
+        """Build from ``twist_*`` keywords, those left at None meaning "as by default", or as in ``base``.
 
         Raises:
             ValueError: an unknown keyword, a value out of range, or settings without a head.
@@ -225,14 +230,16 @@ class TwistConfig:
                     f"unknown option `{key}`{did_you_mean(key, known)}: the known ones are {', '.join(known)}."
                 )
         given = {key.removeprefix(f"{PREFIX}_"): v for key, v in options.items() if v is not None}
-        head = given.pop("head", None)
+        head = given.pop("head", base.head if base else None)
         if not head:
             raise ValueError(
                 f"`{PREFIX}_head` is missing, got {', '.join(f'{PREFIX}_{k}' for k in given) or 'no option'}: "
                 "pass the folder or hub id of a twist head, or drop the other options."
             )
         own = {name: given.pop(name) for name in ("potential", "potential_timeout") if name in given}
-        return cls(head=str(head), defaults=RequestConfig(**given), **own)
+        start = base or cls(str(head))
+        defaults = dataclasses.replace(start.defaults, **given)
+        return dataclasses.replace(start, head=str(head), defaults=defaults, **own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the inverse of ``from_dict``."""
@@ -240,8 +247,18 @@ class TwistConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TwistConfig:
-        """Rebuild from ``to_dict``."""
-        return cls(**{**values, "defaults": RequestConfig(**values["defaults"])})
+        """Rebuild from ``to_dict``.
+
+        Raises:
+            ValueError: the values are no settings.
+        """
+        try:
+            return cls(**{**values, "defaults": RequestConfig(**values.get("defaults", {}))})
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`additional_config` must hold what `TwistConfig.to_dict` returns under {PREFIX!r}, got {values!r} "
+                f"({error}): pass `{PREFIX}_head` and the other options by their own names."
+            ) from error
 
 
 def option_names() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_twist.config import PREFIX, TwistConfig
 from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
+from vllm_twist.kernels.ops import MAX_LANES
 from vllm_twist.twist import TwistHeadConfig, check_fits
 
 #: Key under which an admitted request's settings travel in ``SamplingParams.extra_args``.
@@ -25,6 +26,65 @@ class TwistValidationError(VLLMValidationError, ValueError):
 def read_config(vllm_config: Any) -> TwistConfig:
     """Return the twist settings that travel in an engine's ``additional_config``."""
     return TwistConfig.from_dict(vllm_config.additional_config[PREFIX])
+
+
+def is_twisted(vllm_config: Any) -> bool:
+    """Return whether an engine of this config has a twist head."""
+    extra = vllm_config.additional_config
+    return isinstance(extra, dict) and PREFIX in extra
+
+
+def check_body(body: Any) -> None:
+    """Refuse twist settings in a request's JSON body that would be passed over in silence.
+
+    Raises:
+        TwistValidationError: a key beside ``vllm_xargs``, or settings for a beam search.
+    """
+    extra = body.get("vllm_xargs") or {}
+    for key in body:
+        if key.startswith(PREFIX):
+            raise TwistValidationError(
+                f'`{key}` must be sent in `vllm_xargs`, got it beside: send "vllm_xargs": {{"{key}": ...}}.'
+            )
+    if body.get("use_beam_search"):
+        for key in extra:
+            if key.startswith(f"{PREFIX}_"):
+                raise TwistValidationError(
+                    f"`{key}` is not supported together with `use_beam_search`, got {extra[key]!r}: drop one of the "
+                    "two; a beam search is never twisted."
+                )
+
+
+def check_lanes(particles: int, vllm_config: Any, remedy: str) -> None:
+    """Refuse a group whose lanes the engine can never run side by side.
+
+    Raises:
+        ValueError: naming the limit that the particles exceed.
+    """
+    scheduler = vllm_config.scheduler_config
+    limits = {"max_num_seqs": scheduler.max_num_seqs, "max_num_active_seqs": scheduler.max_num_active_seqs}
+    for name, most in limits.items():
+        if most is not None and particles > most:
+            raise ValueError(
+                f"`{PREFIX}_particles` must be at most `{name}`={most}, got {particles}: "
+                f"{remedy.format(name=f'a larger `{name}`')}."
+            )
+    if vllm_config.use_v2_model_runner and particles > MAX_LANES:
+        raise ValueError(
+            f"`{PREFIX}_particles` must be at most {MAX_LANES} under Model Runner V2, got {particles}: "
+            f"{remedy.format(name='VLLM_USE_V2_MODEL_RUNNER=0')}."
+        )
+
+
+def num_engines(parallel: Any) -> int:
+    """Return over how many engines a frontend's ``cache_config.num_gpu_blocks`` is the sum.
+
+    Those whose answers vLLM's client adds up (``MPClient._apply_ready_response``): all, unless it is one rank of
+    offline data parallelism or manages its own node's engines alone.
+    """
+    if parallel.data_parallel_rank_local is not None or parallel.distributed_executor_backend == "external_launcher":
+        return 1
+    return parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
 
 
 def check_head(config: TwistHeadConfig, model_config: Any) -> None:
@@ -161,13 +221,12 @@ def _check_params(params: Any) -> None:
         )
     if params.structured_outputs is not None:
         _refuse("structured_outputs", params.structured_outputs, untwist)
-    for name in ("prompt_logprobs", "prompt_logprob_token_ids", "logprob_token_ids", "trace_decode_token_ids"):
+    for name in (
+        "prompt_logprobs", "prompt_logprob_token_ids", "logprob_token_ids", "trace_decode_token_ids",
+        "thinking_token_budget", "repetition_detection",
+    ):  # fmt: skip
         value = getattr(params, name)
-        if value:
-            _refuse(name, value, untwist)
-    for name in ("thinking_token_budget", "repetition_detection"):
-        value = getattr(params, name)
-        if value is not None:
+        if value is not None and value is not False:
             _refuse(name, value, untwist)
 
 
@@ -196,16 +255,11 @@ def admit(vllm_config: Any, request: Any) -> None:
             _refuse("prompt_embeds", "embeddings", "send token ids or text")
         if request.mm_features:
             _refuse("multi_modal_data", "multi-modal input", "send text only, or `twist`=0")
-        slots = vllm_config.scheduler_config.max_num_seqs
-        if settings.particles > slots:
-            raise ValueError(
-                f"`twist_particles` must be at most `max_num_seqs`={slots}, got {settings.particles}: lower it, "
-                "or start the engine with a larger `max_num_seqs`."
-            )
+        check_lanes(settings.particles, vllm_config, "lower it, or start the engine with {name}")
         model = vllm_config.model_config
         check_condition(settings.condition, config.conditional, model.max_model_len, model.get_vocab_size())
         cache = vllm_config.cache_config
-        engines = vllm_config.parallel_config.data_parallel_size
+        engines = num_engines(vllm_config.parallel_config)
         prompt_len = len(request.prompt_token_ids)
         length = fit_length(
             prompt_len,
@@ -221,4 +275,6 @@ def admit(vllm_config: Any, request: Any) -> None:
             check_pinned(settings.pinned, params, length - prompt_len, model.get_vocab_size())
     except ValueError as error:
         raise TwistValidationError(str(error)) from error
-    params.extra_args = {**(params.extra_args or {}), GROUP_KEY: dataclasses.asdict(settings)}
+    # The request's own seed beside: vLLM counts it up for the second of its n groups, and so on.
+    fields = {**dataclasses.asdict(settings), "seed": params.seed}
+    params.extra_args = {**(params.extra_args or {}), GROUP_KEY: fields}

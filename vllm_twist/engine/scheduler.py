@@ -71,7 +71,9 @@ class TwistSchedulerMixin(_Base):
             kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in kv_groups)
             raise ValueError(
                 f"`twist_head` needs a model with one KV cache group of full attention, this one has "
-                f"{len(kv_groups)} ({kinds}): use another model, or serve this one without a twist head."
+                f"{len(kv_groups)} ({kinds}): where all layers have a sliding window pass `disable_sliding_window`, "
+                "which ends the context with the window; where some have leave `disable_hybrid_kv_cache_manager` out; "
+                "else use another model."
             )
         self.block_tables = self.kv_cache_manager.coordinator.single_type_managers[0]
         self.block_pool = self.kv_cache_manager.block_pool
@@ -87,6 +89,9 @@ class TwistSchedulerMixin(_Base):
         self.ready: list[tuple[int, EngineCoreOutput]] = []
         #: Evaluates phi for groups whose particles have all ended; they are no longer in ``groups``.
         self.scorer: Scorer | None = None
+        #: Seeds of groups that come with none.
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        self.seeds = random.Random(f"groups {self.vllm_config.model_config.seed} {rank}")
         config = read_config(self.vllm_config)
         if config.potential is not None:
             tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
@@ -105,10 +110,16 @@ class TwistSchedulerMixin(_Base):
             super().add_request(request)
 
     def _add_group(self, request: Request, fields: dict[str, Any]) -> None:
-        settings = RequestConfig(**fields)
         assert request.sampling_params is not None
-        seed = request.sampling_params.seed
-        group = Group(leader=request, settings=settings, seed=random.getrandbits(62) if seed is None else seed % 2**62)
+        first, own = fields["seed"], request.sampling_params.seed
+        settings = RequestConfig(**{name: value for name, value in fields.items() if name != "seed"})
+        if own is None:
+            seed = self.seeds.getrandbits(62)
+        elif own == first:
+            seed = own % 2**62
+        else:  # another of a request's n groups; it must not be that of a request with the next seed
+            seed = random.Random(f"group {own - first} of {first}").getrandbits(62)
+        group = Group(leader=request, settings=settings, seed=seed)
         try:
             length = fit_length(
                 request.num_prompt_tokens,
