@@ -125,6 +125,17 @@ def fit_length(
     )
 
 
+def shared_again(vllm_config: Any, params: Any) -> int:
+    """Return how many tokens of a prefix lanes surely share once they are computed anew after a preemption.
+
+    They find each other's blocks in the prefix cache, if it is on and they may read it. What exceeds the part of a
+    request that one step computes (``long_prefill_token_threshold``) they compute side by side, each for itself.
+    """
+    if not vllm_config.cache_config.enable_prefix_caching or params.skip_reading_prefix_cache:
+        return 0
+    return vllm_config.scheduler_config.long_prefill_token_threshold or vllm_config.model_config.max_model_len
+
+
 def neutral_params(params: Any, extra_args: dict[str, Any], truncated: bool) -> Any:
     """Return parameters for a lane: whatever p0 needs, and nothing that draws.
 
@@ -269,7 +280,7 @@ def admit(vllm_config: Any, request: Any) -> None:
             block_size=cache.block_size,
             # One block is vLLM's null block.
             num_blocks=cache.num_gpu_blocks // engines - 1,
-            share_prompt=bool(cache.enable_prefix_caching),
+            share_prompt=prompt_len <= shared_again(vllm_config, params),
         )
         if settings.pinned is not None:
             check_pinned(settings.pinned, params, length - prompt_len, model.get_vocab_size())

@@ -35,11 +35,9 @@ class Fork:
         self.block_sizes = sizes(tables.block_sizes)
         self.block_pointers = ops.row_pointers(self.block_tables)
         # A token history is a table with one token per entry, and so are counts with one per token of the vocabulary.
-        self.rows = [*self.block_tables, states.all_token_ids.gpu]
-        self.row_sizes = sizes([*tables.block_sizes, 1])
-        self.row_pointers = ops.row_pointers(self.rows)
-        self.counts = [self.penalties.output_bin_counts]
-        self.count_sizes, self.count_pointers = sizes([1]), ops.row_pointers(self.counts)
+        self.histories, self.counts = [states.all_token_ids.gpu], [self.penalties.output_bin_counts]
+        self.history_pointers, self.count_pointers = ops.row_pointers(self.histories), ops.row_pointers(self.counts)
+        self.one, self.zeros = sizes([1]), sizes([0] * len(self.histories[0]))
         self.caches, self.num_blocks = list(runner.kv_caches), runner.kv_cache_config.num_blocks
         self.segments = ops.block_segments(self.caches, self.num_blocks)
 
@@ -53,9 +51,14 @@ class Fork:
         """
         slots, on = found.slots, {"backend": self.backend}
         computed = seq_lens[: len(slots)] if found.rows is None else seq_lens[found.rows]
-        # Lanes share what precedes the prompt's last token, whose KV each has computed for itself.
-        first = self.states.prompt_len.gpu[slots] - 1
-        ops.fork_rows(self.rows, self.row_sizes, slots, ancestors, first, computed, pointers=self.row_pointers, **on)
+        # Blocks from the first one on: lanes back from a preemption may each hold the prompt in blocks of their own.
+        # Histories from the prompt's end: it is the same.
+        start, first = self.zeros[: len(slots)], self.states.prompt_len.gpu[slots]
+        for tables, block_sizes, since, pointers in (
+            (self.block_tables, self.block_sizes, start, self.block_pointers),
+            (self.histories, self.one, first, self.history_pointers),
+        ):
+            ops.fork_rows(tables, block_sizes, slots, ancestors, since, computed, pointers=pointers, **on)
         ops.copy_partial_blocks(
             self.caches,
             self.num_blocks,
@@ -69,8 +72,5 @@ class Fork:
             **on,
         )
         if self.penalties.use_penalty[found.slots_np].any():
-            start = torch.zeros_like(computed)
             stop = torch.full_like(computed, self.counts[0].shape[1])
-            ops.fork_rows(
-                self.counts, self.count_sizes, slots, ancestors, start, stop, pointers=self.count_pointers, **on
-            )
+            ops.fork_rows(self.counts, self.one, slots, ancestors, start, stop, pointers=self.count_pointers, **on)

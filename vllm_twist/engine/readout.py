@@ -23,11 +23,11 @@ class Readout:
     those that are conditions. A tied head's rows go through the LM head together with the model's own, in
     one product.
 
-    ``find`` gives the rows of both kinds in the batch that has been run: once a step, for vLLM also reads
+    ``find`` gives the rows of both kinds in the batch that has been run: once a step, then None, for vLLM also reads
     other hidden states out (of prompts whose logprobs are wanted), after the step's own.
     """
 
-    def __init__(self, model: nn.Module, head: TwistHead, find: Callable[[], tuple[Rows, Rows]]) -> None:
+    def __init__(self, model: nn.Module, head: TwistHead, find: Callable[[], tuple[Rows, Rows] | None]) -> None:
         self.head = head
         self.find = find
         self.compute_logits: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
@@ -38,7 +38,11 @@ class Readout:
         model.compute_logits = self  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        rows, conditions = self.find()
+        found = self.find()
+        if found is None:
+            # Not the step's own logits: what was kept of those is still to be read.
+            return self.compute_logits(hidden, *args, **kwargs)
+        rows, conditions = found
         self.hidden = self.tied = None
         self.conditions = None if conditions is None else hidden[conditions].float()
         if rows is None:

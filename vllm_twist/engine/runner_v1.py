@@ -32,9 +32,9 @@ class RunnerV1:
         self.processor.log_psi_of = self.readout.log_psi
         self.processor.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
 
-    def _find(self) -> tuple[Rows, Rows]:
+    def _find(self) -> tuple[Rows, Rows] | None:
         if not self.due:
-            return None, None
+            return None
         self.due = False
         lanes, conditions = self.processor.find_lanes(), self.processor.find_conditions()
         self.condition_ids = list(conditions.values())

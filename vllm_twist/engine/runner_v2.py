@@ -26,11 +26,11 @@ class RunnerV2:
         self.sampler = runner.sampler = TwistSampler(runner.sampler, self.table, self.readout)
         runner.aux_output_connector = StepOutputs(self.sampler, reports=get_tp_group().is_first_rank)
 
-    def _find(self) -> tuple[Rows, Rows]:
+    def _find(self) -> tuple[Rows, Rows] | None:
         if self.sampler.fork is None:
             return slice(None), None  # no request yet: the runner measures itself
         if not self.due:
-            return None, None
+            return None
         self.due = False
         found = self.sampler.found
         return None if found is None else slice(None) if found.rows is None else found.rows, self.sampler.conditions

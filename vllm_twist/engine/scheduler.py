@@ -17,13 +17,20 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
-from vllm_twist.engine.admission import GROUP_KEY, check_pinned, fit_length, neutral_params, read_config
+from vllm_twist.engine.admission import (
+    GROUP_KEY,
+    check_pinned,
+    fit_length,
+    neutral_params,
+    read_config,
+    shared_again,
+)
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
 from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
@@ -105,11 +112,17 @@ class TwistSchedulerMixin(_Base):
         if fields is not None:
             self._add_group(request, fields)
         elif self.groups and not request.resumable and request.request_id not in self.requests:
+            self._record_queued(request)
             self.staged.add_request(request)
         else:
             super().add_request(request)
 
+    def _record_queued(self, request: Request) -> None:
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.QUEUED)
+
     def _add_group(self, request: Request, fields: dict[str, Any]) -> None:
+        self._record_queued(request)
         assert request.sampling_params is not None
         first, own = fields["seed"], request.sampling_params.seed
         settings = RequestConfig(**{name: value for name, value in fields.items() if name != "seed"})
@@ -128,7 +141,7 @@ class TwistSchedulerMixin(_Base):
                 max_model_len=self.max_model_len,
                 block_size=self.block_tables.block_size,
                 num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
-                share_prompt=self.kv_cache_manager.enable_caching,
+                share_prompt=request.num_prompt_tokens <= shared_again(self.vllm_config, request.sampling_params),
             )
             request.max_tokens = group.last_position = length - request.num_prompt_tokens
             if settings.pinned is not None:
@@ -136,7 +149,7 @@ class TwistSchedulerMixin(_Base):
                 check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size)
         except ValueError as error:
             # Refused at the frontend already, unless its view of the cache was too rosy.
-            self.ready.append(_failure(group, str(error)))
+            self.ready.append(self._failure(group, str(error)))
             return
         request.sampling_params = self._leader_params(group, request.sampling_params)
         group.lanes[group.id] = Lane(request)
@@ -151,7 +164,13 @@ class TwistSchedulerMixin(_Base):
         """Let a plain request compute o_T; the group is staged when the worker sends back its last hidden state."""
         request_id = _condition_id(group)
         # Greedy: it must take nothing from the generator that unseeded requests share.
-        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={CONDITION_KEY: request_id})
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            detokenize=False,
+            skip_reading_prefix_cache=group.leader.skip_reading_prefix_cache,
+            extra_args={CONDITION_KEY: request_id},
+        )
         self.reading[request_id] = group
         self.staged.add_request(
             _request_of(group, request_id, list(condition), params, block_hasher=group.leader._block_hasher)
@@ -213,6 +232,8 @@ class TwistSchedulerMixin(_Base):
         if self.staged and self._pause_state == PauseState.UNPAUSED:
             self._admit()
         if self.groups:
+            if self._pause_state == PauseState.PAUSED_NEW:
+                self._let_lanes_drain()
             self._make_room()
             self._hold_lanes_ahead()
             self._brief_lanes()
@@ -268,6 +289,8 @@ class TwistSchedulerMixin(_Base):
             self.staged.pop_request()
             if group is None:
                 super().add_request(request)
+                if self.log_stats:
+                    request.events.pop()  # its second QUEUED: it has waited since it was staged
             else:
                 self._enter(group)
 
@@ -293,14 +316,15 @@ class TwistSchedulerMixin(_Base):
             total = shared + group.settings.particles * (-(-(prompt + 1) // block_size) - shared)
             return total - len(group.reserve) - self._held(group.id)
         wanted = 0
+        again = shared_again(self.vllm_config, group.leader.sampling_params)
         to_compute: set[Any] = set()
         for lane in group.live_lanes():
             request = lane.request
             blocks = -(-(_length(request) + 1) // block_size)
             held = self._held(request.request_id)
-            if held == 0 and self.kv_cache_manager.enable_caching:
-                # A preempted lane: prefixes that it shares with others will be shared again.
-                full = min(len(request.block_hashes), blocks)
+            if held == 0 and again:
+                # A preempted lane: prefixes that it shares with others will be shared again, but for the last token.
+                full = min(len(request.block_hashes), min(again, request.num_tokens - 1) // block_size)
                 to_compute.update(request.block_hashes[:full])
                 held = full
             wanted += blocks - held
@@ -396,6 +420,21 @@ class TwistSchedulerMixin(_Base):
                 self._park(group)
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
+    def _let_lanes_drain(self) -> None:
+        """Let lanes without KV in, while the engine waits for what is under way, if others of their group go on.
+
+        They are those of a prompt of one token, and those that were preempted alone; of the requests that wait the
+        base scheduler then takes only such as hold KV, and their group would wait for them for ever.
+        """
+        going = {request.request_id for request in self.running}
+        for group in self._active_groups():
+            lanes = [lane.request for lane in group.live_lanes() if lane.request.request_id not in going]
+            if lanes and len(lanes) < sum(lane.live for lane in group.lanes.values()):
+                self.waiting.remove_requests(lanes)
+                self.kv_holding_waiting.remove_requests(lanes)
+                for request in lanes:
+                    self.kv_holding_waiting.add_request(request)
+
     # ---- lockstep -------------------------------------------------------------------------
 
     def _hold_lanes_ahead(self) -> None:
@@ -452,8 +491,8 @@ class TwistSchedulerMixin(_Base):
             self._fork(lanes[child].request, lanes[parent].request)
             lanes[child].logprobs = list(history[parent])
         resampled: dict[str, Group] = {}
-        wrong: dict[str, Group] = {}
-        impossible: dict[str, Group] = {}
+        #: Why groups fail, by id: the first reason found, for a group can have several.
+        failed: dict[str, str] = {}
         for i, lane_id in enumerate(step.lane_ids):
             group = touched.get(lane_id)
             if group is None:
@@ -472,7 +511,7 @@ class TwistSchedulerMixin(_Base):
                 position = lane.request.num_output_tokens + 1
                 group.record(index[lane_id], position, ancestor, lane.log_w, step.resampled[i])
             if math.isnan(lane.log_w) or lane.log_w == math.inf:
-                wrong[group.id] = group
+                failed[group.id] = GONE_WRONG
         for group in resampled.values():
             group.num_resamplings += 1
         for group in {group.id: group for group in touched.values()}.values():
@@ -480,13 +519,11 @@ class TwistSchedulerMixin(_Base):
                 self._create_lanes(group)
             # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
             elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
-                wrong[group.id] = group
+                failed.setdefault(group.id, GONE_WRONG)
             elif group.pinned_is_impossible:
-                impossible[group.id] = group
-        for group in wrong.values():
-            self._fail(group, GONE_WRONG)
-        for group in impossible.values():
-            self._fail(group, IMPOSSIBLE)
+                failed.setdefault(group.id, IMPOSSIBLE)
+        for group_id, reason in failed.items():
+            self._fail(self.groups[group_id], reason)
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and full blocks; its partial block stays its own."""
@@ -554,6 +591,8 @@ class TwistSchedulerMixin(_Base):
     def _collect(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Withhold the lanes' outputs; emit a group's one output when its last particle ends."""
         touched: dict[str, Group] = {}
+        #: The lane of each that has its group's events: the first that is left.
+        reporter: dict[str, str] = {}
         for batch in outputs.values():
             kept = []
             for output in batch.outputs:
@@ -566,9 +605,11 @@ class TwistSchedulerMixin(_Base):
                 if group is None:
                     kept.append(output)
                     continue
-                touched[group.id] = group
+                if group.id not in touched:
+                    touched[group.id] = group
+                    reporter[group.id] = next(group.live_lanes()).request.request_id
                 group.prefill_stats = output.prefill_stats or group.prefill_stats
-                if output.request_id == group.id:
+                if output.request_id == reporter[group.id]:
                     group.events.extend(output.events or ())
                 if output.finish_reason is not None:
                     self._end_lane(group, output)
@@ -626,13 +667,13 @@ class TwistSchedulerMixin(_Base):
                     "one group: make it faster, or raise the timeout."
                 )
             if isinstance(outcome, Exception):
-                self.ready.append(_failure(group, f"Request {group.id} was ended: {outcome}"))
+                self.ready.append(self._failure(group, f"Request {group.id} was ended: {outcome}"))
                 continue
             group.reweigh(outcome)
             if all(lane.log_w == -math.inf for lane in group.lanes.values()):
-                self.ready.append(_failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
+                self.ready.append(self._failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
             elif group.pinned_is_impossible:
-                self.ready.append(_failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))
+                self.ready.append(self._failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))
             else:
                 self._finish_group(group)
 
@@ -641,7 +682,24 @@ class TwistSchedulerMixin(_Base):
         message = f"Request {group.id} was ended: {reason}"
         logger.error(message)
         self._drop(group, RequestStatus.FINISHED_ERROR)
-        self.ready.append(_failure(group, message))
+        self.ready.append(self._failure(group, message))
+
+    def _failure(self, group: Group, message: str) -> tuple[int, EngineCoreOutput]:
+        """Return the output that ends a group with an error, and the client it goes to."""
+        leader = group.leader
+        group.events.extend(leader.take_events() or ())
+        if self.log_stats and not any(event.type == EngineCoreEventType.SCHEDULED for event in group.events):
+            # It has waited until now; the time it was served would count from the epoch of the clock.
+            leader.record_event(EngineCoreEventType.SCHEDULED)
+            group.events.extend(leader.take_events() or ())
+        return leader.client_index, EngineCoreOutput(
+            request_id=group.id,
+            new_token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            kv_transfer_params={RESULT_KEY: [{"error": message}]},
+            events=group.events or None,
+            trace_headers=leader.trace_headers,
+        )
 
     def _drop(self, group: Group, status: RequestStatus) -> None:
         """Remove a group with all its lanes and blocks."""
@@ -728,18 +786,6 @@ def _request_of(
 def _length(request: Request) -> int:
     """Return how many tokens a request has, those included that the worker is still drawing."""
     return request.num_tokens + request.num_output_placeholders
-
-
-def _failure(group: Group, message: str) -> tuple[int, EngineCoreOutput]:
-    """Return the output that ends a group with an error, and the client it goes to."""
-    return group.leader.client_index, EngineCoreOutput(
-        request_id=group.id,
-        new_token_ids=[],
-        finish_reason=FinishReason.ERROR,
-        kv_transfer_params={RESULT_KEY: [{"error": message}]},
-        events=group.events or None,
-        trace_headers=group.leader.trace_headers,
-    )
 
 
 def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsLists | None:

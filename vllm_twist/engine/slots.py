@@ -40,6 +40,21 @@ class LaneRows:
 
 
 @dataclass(frozen=True)
+class Pins:
+    """What pinned lanes are held to, one continuation after the other.
+
+    Attributes:
+        tokens: int32, as many as all of them have.
+        starts: where each slot's begins, int64 [slots].
+        lengths: how many it has, int64 [slots]; 0 in other slots.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Draw:
     """What one step gave, all on the device.
 
@@ -80,8 +95,8 @@ class SlotTable:
         )
         self.inverse_temperature, self.scale = zeros(torch.float32), zeros(torch.float32)
         self.base_proposal = zeros(torch.bool)
-        #: What pinned lanes are held to, by position; -1 in other slots and past the end.
-        self.pinned = zeros(torch.int64, 1) - 1
+        #: None while no lane is pinned.
+        self.pins: Pins | None = None
         #: What a conditional head reads beside the prefix, float32 [slots, H]; None before the first such lane.
         self.conditions: Tensor | None = None
         self.row_of = zeros(torch.int32)
@@ -116,6 +131,9 @@ class SlotTable:
         self._held = np.zeros(num_slots, dtype=bool)
         self._pinned = np.zeros(num_slots, dtype=bool)
         self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
+        #: Continuations of the pinned lanes by slot, on the device, int32; whether ``pins`` has yet to follow.
+        self._continuations: dict[int, Tensor] = {}
+        self._repin = False
         self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
         #: Groups that began or came back, and slots of those of their lanes that have left since the last flush.
         self._entered: dict[int, LaneSpec] = {}
@@ -145,6 +163,9 @@ class SlotTable:
         self._scaled[slot], self._tempered[slot] = spec.scale != 1.0, spec.inverse_temperature != 1.0
         self._from_base[slot], self._held[slot] = spec.base_proposal, spec.pinned is not None
         self._pinned[row] |= self._held[slot]
+        if spec.pinned is not None:
+            self._continuations[slot] = self._upload(spec.pinned, torch.int32)
+            self._repin = True
         self._num_logprobs[slot] = NO_LOGPROBS if spec.num_logprobs is None else spec.num_logprobs
         self._staged[slot] = spec, sorted(set(stops))
         self._changed = True
@@ -166,6 +187,7 @@ class SlotTable:
                 self._entered.pop(row, None)
                 self._free_rows.append(row)
             self.is_lane[slot] = False
+            self._repin |= self._continuations.pop(slot, None) is not None
             self._staged.pop(slot, None)
             self._changed = True
 
@@ -177,6 +199,8 @@ class SlotTable:
             self._write_totals()
         if self._staged:
             self._write_lanes()
+        if self._repin:
+            self._write_pins()
         if self._changed:
             self._lay_out()
 
@@ -225,11 +249,6 @@ class SlotTable:
         write(self.lanes.stops, stops)
         write(self.scale, [spec.scale for spec in specs])
         write(self.base_proposal, [spec.base_proposal for spec in specs])
-        held = [spec.pinned or () for spec in specs]
-        longest, width = max(map(len, held)), self.pinned.shape[1]
-        if longest > width:
-            self.pinned, width = torch.nn.functional.pad(self.pinned, (0, longest - width), value=-1), longest
-        write(self.pinned, [[*tokens, *([-1] * (width - len(tokens)))] for tokens in held])
         write(self.inverse_temperature, [spec.inverse_temperature for spec in specs])
         conditions = conditions_of(specs)
         if conditions is not None:
@@ -237,6 +256,17 @@ class SlotTable:
                 self.conditions = torch.zeros(self.num_slots, conditions.shape[1], device=self.device)
             write(self.conditions, conditions)
         self._staged.clear()
+
+    def _write_pins(self) -> None:
+        self._repin = False
+        slots, tokens = list(self._continuations), list(self._continuations.values())
+        if not slots:
+            self.pins = None
+            return
+        starts, lengths = np.zeros((2, self.num_slots), dtype=np.int64)
+        lengths[slots] = [len(continuation) for continuation in tokens]
+        starts[slots] = np.cumsum(lengths[slots]) - lengths[slots]
+        self.pins = Pins(torch.cat(tokens), self._upload(starts, torch.int64), self._upload(lengths, torch.int64))
 
     def _lay_out(self) -> None:
         self._changed = False
@@ -311,9 +341,11 @@ class SlotTable:
         )
         held = self._held[where].any()
         if held:
-            at = (self.lanes.position[slots].long() - 1).clamp(0, self.pinned.shape[1] - 1)
-            forced = self.pinned[slots].gather(1, at[:, None])[:, 0]
-            token = torch.where(forced >= 0, forced, token)
+            assert self.pins is not None, "a batch with pinned lanes before flush()"
+            at = self.lanes.position[slots].long() - 1
+            # Past the end of its own, if it has one, a lane reads something else, which is not taken.
+            index = (self.pins.starts[slots] + at).clamp(max=len(self.pins.tokens) - 1)
+            token = torch.where(at < self.pins.lengths[slots], self.pins.tokens[index].long(), token)
         if held or base is not None:
             log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
         gain = None
