@@ -60,8 +60,9 @@ class EngineSampler:
             max_model_len: longest prompt and output together, in tokens.
             max_num_seqs: outputs that one call of ``sample`` asks for, at most; the largest request at least.
             dtype: as in vLLM; the one that the gradient is computed in, so that both have one p0.
-            engine_args: of ``vllm.LLM``, over the defaults here, ``revision`` and such among them. Memory: by default the KV cache gets
-                what ``max_num_seqs`` sequences need and no more, for a GPU is shared with the trainer.
+            engine_args: of ``vllm.LLM``, over the defaults here, ``revision`` and such among them.
+                Memory: by default the KV cache gets what ``max_num_seqs`` sequences need and no more, for a GPU
+                is shared with the trainer.
         """
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has run threads by now
         from vllm import LLM
