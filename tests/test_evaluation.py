@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,24 @@ def test_command_loads_what_phi_needs(repo_root: Path, tmp_path: Path) -> None:
     args.potential = str(repo_root / "models/tiny-reviews-positive")
     potential, model = cli_eval._load(args, ModelOptions())
     assert isinstance(potential, TokenLogistic) and model is None
+
+
+def test_prompts_may_be_chats(repo_root: Path) -> None:
+    """Through the template of the model's tokenizer, and shown as what the model reads."""
+    from transformers import AutoTokenizer
+
+    from vllm_twist.evaluation import _Prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(repo_root / "models/tiny-reviews")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    llm = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    evaluator = Evaluator(llm, Function(log_phi), EvaluationConfig())
+    chat = _Prompt(evaluator, 0, [{"role": "user", "content": "A lamp?"}])
+    assert chat.prompt == "user: A lamp?\nassistant:" == tokenizer.decode(chat.prompt_ids)
+    text = _Prompt(evaluator, 0, "A lamp?")
+    assert text.prompt == "A lamp?" and text.prompt_ids == tokenizer("A lamp?").input_ids
+    with pytest.raises(ValueError, match=r"`prompts` must give at least one token each, got none for \[\]"):
+        _Prompt(evaluator, 0, [])
 
 
 def test_plot_of_many_prompts(tmp_path: Path) -> None:

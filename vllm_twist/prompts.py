@@ -106,20 +106,15 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Return the token ids of a prompt: messages through the tokenizer's chat template, for the model to answer.
 
     Raises:
-        ValueError: the tokenizer or its template is missing, the template refuses the messages, or there is no
-            token.
+        ValueError: the tokenizer or its template is missing, or the template refuses the messages.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("`prompts` must be token ids, got text but no tokenizer: pass `tokenizer`.")
-        ids = list(tokenizer(prompt).input_ids)
-    elif len(prompt) and isinstance(prompt[0], Mapping):
-        ids = _chat(prompt, tokenizer)
-    else:
-        ids = list(prompt)  # type: ignore[arg-type]
-    if not ids:
-        raise ValueError(f"`prompts` must give at least one token each, got none for {prompt!r}: write a longer one.")
-    return ids
+        return list(tokenizer(prompt).input_ids)
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return _chat(prompt, tokenizer)
+    return list(prompt)  # type: ignore[arg-type]
 
 
 def _chat(messages: Any, tokenizer: Any) -> list[int]:

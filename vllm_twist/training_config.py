@@ -106,7 +106,7 @@ class TrainingConfig(ModelOptions):
         Raises:
             ValueError: an unknown keyword, or a value out of range.
         """
-        known = tuple(option.name for option in dataclasses.fields(cls))
+        known = tuple(option.name for option in sorted(dataclasses.fields(cls), key=lambda option: option.kw_only))
         for key in options:
             if key not in known:
                 raise ValueError(
