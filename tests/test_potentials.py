@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -699,6 +700,38 @@ def test_a_loaded_callable_that_raises_is_named(module: Path):
     potential = load_potential(f"{module}:fails")
     with pytest.raises(ValueError, match=re.escape(f"`potential` {module}:fails must return log phi of 3 outputs")):
         potential(OUTPUTS, TEXTS)
+
+
+def test_documented_files(repo_root: Path, tmp_path: Path, wide: Tiny):
+    """docs/training.md has an example of every type, which loads, and every key with its default."""
+    text = (repo_root / "docs/training.md").read_text().partition("## What `potential.json` may hold")[2]
+    text = text.partition("\n## ")[0]
+    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)]
+    assert [example.get("type", "token_logistic") for example in examples] == list(potentials.KINDS)
+    model, tokenizer = bert(2, id2label={0: "NEGATIVE", 1: "POSITIVE"}), word_tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "classifier")
+    loaded = []
+    for example in examples:
+        if "model" in example:
+            example["model"] = str(tmp_path / "classifier")
+        (tmp_path / "potential.json").write_text(json.dumps(example))
+        loaded.append(load_potential(tmp_path, model=wide.model, tokenizer=tokenizer))
+    assert [type(potential) for potential in loaded] == [TokenLogistic, Classifier, Continuation]
+    signatures = [inspect.signature(f).parameters for f in (Classifier, Classifier.from_pretrained)]
+    rows = re.findall(r"^\| `(\w+)`.*?\|.*?\|(.*)\|$", text, re.MULTILINE)
+    assert [name for name, _ in rows if name != "type"] == list(potentials.KINDS)
+    for name, cell in rows[-len(potentials.KINDS) :]:
+        kind = potentials.KINDS[name]
+        for key in kind.required:
+            assert f"`{key}`" in cell
+        for key in kind.optional:
+            (default,) = [s[key].default for s in signatures if key in s]
+            if key == "max_length":
+                default = "what the model takes"
+            shown = f"`{default}`" if key in ("score", "dtype") else default
+            shown = shown if isinstance(shown, str) else json.dumps(shown)
+            assert re.search(rf"`{key}` \({re.escape(shown)}[;)]", cell), key
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ COMMANDS = {
 
 def add_options(parser: argparse.ArgumentParser, config: Any) -> None:
     """Add a flag for each field of a config class that has a ``help``, those of its base class last."""
-    for option in sorted(dataclasses.fields(config), key=lambda option: option.kw_only):
+    for option in sorted(dataclasses.fields(config), key=lambda option: bool(option.kw_only)):
         if "help" not in option.metadata:
             continue
         flag = f"--{option.name.replace('_', '-')}"

@@ -212,7 +212,7 @@ class _Prompt:
         self.config = evaluator.config
         self.prompt_ids = encode_prompt(prompt, evaluator.tokenizer)
         if not self.prompt_ids:
-            raise ValueError(f"`prompts` must give at least one token each, got none for {prompt!r}: write a longer one.")
+            raise ValueError(f"`prompts` must give at least one token each, got none for {prompt!r}: add text.")
         # As training gives it to a potential; of chat messages, what the model reads.
         self.prompt = prompt if isinstance(prompt, str) else evaluator.texts([self.prompt_ids])[0]
 

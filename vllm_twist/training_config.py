@@ -106,7 +106,8 @@ class TrainingConfig(ModelOptions):
         Raises:
             ValueError: an unknown keyword, or a value out of range.
         """
-        known = tuple(option.name for option in sorted(dataclasses.fields(cls), key=lambda option: option.kw_only))
+        options_of = sorted(dataclasses.fields(cls), key=lambda option: bool(option.kw_only))
+        known = tuple(option.name for option in options_of)
         for key in options:
             if key not in known:
                 raise ValueError(
