@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from vllm_twist import TwistHead
+from vllm_twist import TwistHead, cli_train
 from vllm_twist.cli import main
 from vllm_twist.training import TrainingConfig
 
@@ -86,9 +90,100 @@ def test_help_imports_no_command(capsys):
     assert "train" in done.stdout
 
 
+class Started(Exception):
+    """An engine would start now."""
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Return what our code loads from now on, by name of the loader, with its keywords; an engine does not start."""
+    import transformers
+    import vllm
+
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def spy(kind: Any) -> Any:
+        original = kind.from_pretrained
+
+        def load(name: Any, *args: Any, **options: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("vllm_twist"):
+                seen.append((kind.__name__, options))
+            return original(name, *args, **options)
+
+        return load
+
+    def start(model: str, **options: Any) -> None:
+        seen.append(("LLM", options))
+        raise Started
+
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.AutoConfig):
+        monkeypatch.setattr(kind, "from_pretrained", spy(kind))
+    monkeypatch.setattr(vllm, "LLM", start)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "expected"),
+    [
+        ("train", {"sampler": "transformers", "updates": "1"}, ["AutoTokenizer", "AutoModelForCausalLM"]),
+        ("train", {"sampler": "vllm"}, ["AutoTokenizer", "AutoModelForCausalLM", "AutoConfig", "LLM"]),
+        ("eval", {}, ["AutoModelForCausalLM", "AutoTokenizer", "LLM"]),
+        ("eval", {"potential": "", "condition-tokens": "2"}, ["AutoModelForCausalLM", "LLM"]),
+        ("trace", {}, ["LLM"]),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_every_loader_gets_the_base_models_options(
+    repo_root: Path, tmp_path: Path, prompts: Path, loads, command: str, changes, expected: list[str], given: bool
+):
+    """Model, tokenizer, config and engine: code of the model's own, revision and dtype, or the defaults of each."""
+    potential = tmp_path / "potential.json"
+    potential.write_text(json.dumps({"type": "continuation", "text": " I returned it."}))
+    model, head = str(repo_root / "models/tiny-reviews"), str(repo_root / "models/tiny-reviews-positive")
+    of_command = {
+        "train": {"potential": str(potential), "prompts": str(prompts), "out": str(tmp_path / "out"), "particles": "4"},
+        "eval": {"potential": str(potential), "prompts": str(prompts), "twist-head": head},
+        "trace": {"prompt": "I bought", "plot": str(tmp_path / "x.png"), "twist-head": head},
+    }
+    options = {"model": model, **of_command[command], **changes}
+    arguments = [part for name, value in options.items() if value for part in (f"--{name}", value)]
+    if given:
+        arguments += ["--trust-remote-code", "--revision", "v1.2", "--dtype", "bfloat16"]
+    with pytest.raises(Started) if "LLM" in expected else contextlib.nullcontext():
+        assert main([command, *arguments]) == 0
+    assert [name for name, _ in loads] == expected
+    for name, found in loads:
+        assert (found["trust_remote_code"], found["revision"]) == ((True, "v1.2") if given else (False, None)), name
+        if name in ("AutoModelForCausalLM", "LLM"):
+            assert found["dtype"] == ("bfloat16" if given else "float32" if command == "train" else "auto"), name
+    if command == "train" and not loads[-1][0] == "LLM":
+        state = torch.load(tmp_path / "out/training_state.pt", weights_only=True)["config"]
+        assert (state["revision"], state["trust_remote_code"]) == (("v1.2", True) if given else (None, False))
+
+
+def test_prompts_of_every_command_are_read_alike(
+    repo_root: Path, tmp_path: Path, prompts: Path, monkeypatch, capsys
+):
+    """JSON lines are prompts and not text; what looks like JSON but is none ends every command alike."""
+    seen: list[Any] = []
+    monkeypatch.setattr(cli_train.TwistTrainer, "train", lambda self, prompts, *args, **options: seen.append(prompts))
+    prompts.write_text('{"prompt": "I bought"}\n{"messages": [{"role": "user", "content": "A lamp?"}]}\n')
+    assert main(flags(repo_root, prompts, tmp_path / "out")) == 0
+    assert seen == [["I bought", [{"role": "user", "content": "A lamp?"}]]]
+    prompts.write_text('{"promt": "I bought"}\n')
+    head = str(repo_root / "models/tiny-reviews-positive")
+    evaluate = ["eval", "--model", "m", "--twist-head", head, "--potential", head, "--prompts", str(prompts)]
+    trace = ["trace", "--model", "m", "--twist-head", head, "--plot", "x.png", "--prompt", prompts.read_text()]
+    for arguments in (flags(repo_root, prompts, tmp_path / "out"), evaluate, trace):
+        assert main(arguments) == 2
+        assert "must have one key, `prompt` or `messages`, got `promt` (did you mean" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"revision": " "}, "`revision` must be a branch, tag or commit, got ' '"),
+        ({"dtype": "float8"}, "`dtype` must be one of auto, float32, bfloat16, float16, got 'float8'"),
         (
             {"objective": "ctrl"},
             "`objective` must be one of ctl, rl, pcl, sixo, fudge, dpg, got 'ctrl' (did you mean 'ctl'",

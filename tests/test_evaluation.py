@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vllm_twist import cli_eval
 from vllm_twist.bounds import Estimate
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table
+from vllm_twist.model_options import ModelOptions
 from vllm_twist.potentials import Constant, Continuation, Function, Potential, Scaled, Sum, TokenLogistic
 
 HORIZON = 4
@@ -248,16 +250,35 @@ def test_command_loads_what_phi_needs(repo_root: Path, tmp_path: Path) -> None:
     """The language model in transformers for a continuation and for infilling, and only for these."""
     (tmp_path / "potential.json").write_text(json.dumps({"type": "continuation", "text": " I returned it."}))
     args = argparse.Namespace(model=str(repo_root / "models/tiny-reviews"), potential=str(tmp_path), condition_tokens=0)
-    potential, model = cli_eval._load(args)
+    potential, model = cli_eval._load(args, ModelOptions())
     assert isinstance(potential, Continuation) and potential.model is model and len(potential.continuation_ids) == 4
     args.potential, args.condition_tokens = None, 3
-    potential, model = cli_eval._load(args)
+    potential, model = cli_eval._load(args, ModelOptions())
     assert potential is None and model.config.hidden_size == 128
     args.condition_tokens = 0
     with pytest.raises(ValueError, match="`--potential` is missing: name log phi, or pass `--condition-tokens`"):
-        cli_eval._load(args)
+        cli_eval._load(args, ModelOptions())
     args.potential = str(repo_root / "models/tiny-reviews-positive")
-    assert isinstance(cli_eval._load(args)[0], TokenLogistic) and cli_eval._load(args)[1] is None
+    potential, model = cli_eval._load(args, ModelOptions())
+    assert isinstance(potential, TokenLogistic) and model is None
+
+
+def test_prompts_may_be_chats(repo_root: Path) -> None:
+    """Through the template of the model's tokenizer, and shown as what the model reads."""
+    from transformers import AutoTokenizer
+
+    from vllm_twist.evaluation import _Prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(repo_root / "models/tiny-reviews")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    llm = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    evaluator = Evaluator(llm, Function(log_phi), EvaluationConfig())
+    chat = _Prompt(evaluator, 0, [{"role": "user", "content": "A lamp?"}])
+    assert chat.prompt == "user: A lamp?\nassistant:" == tokenizer.decode(chat.prompt_ids)
+    text = _Prompt(evaluator, 0, "A lamp?")
+    assert text.prompt == "A lamp?" and text.prompt_ids == tokenizer("A lamp?").input_ids
+    with pytest.raises(ValueError, match=r"`prompts` must give at least one token each, got none for \[\]"):
+        _Prompt(evaluator, 0, [])
 
 
 def test_plot_of_many_prompts(tmp_path: Path) -> None:

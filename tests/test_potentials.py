@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import json
 import math
 import re
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
+from vllm_twist import potentials
 from vllm_twist.potentials import (
     Classifier,
     Constant,
@@ -324,19 +335,46 @@ def test_multi_label_classifier_has_a_sigmoid_per_label():
     assert got == pytest.approx(torch.nn.functional.logsigmoid(logits[:, 2]).tolist(), abs=1e-5)
 
 
-def test_long_texts_are_cut():
+@pytest.mark.parametrize("side", ["left", "right"])  # where the tokenizer would cut
+def test_long_texts_are_cut_at_the_beginning(side):
     model, tokenizer = bert(2), word_tokenizer()
-    long = " ".join(["good"] * 100)
-    full = Classifier(model, tokenizer, 0)([[1]], [long])
-    assert full == pytest.approx(Classifier(model, tokenizer, 0)([[1]], [" ".join(["good"] * 14)]), abs=1e-5)
-    short = Classifier(model, tokenizer, 0, max_length=4)([[1]], [long])
-    assert short == pytest.approx(Classifier(model, tokenizer, 0)([[1]], ["good good"]), abs=1e-5)
+    tokenizer.truncation_side = side
+    words = ["good", "bad", "fine", "was", "good"] * 20
+    short = Classifier(model, tokenizer, 0)
+    with pytest.warns(UserWarning, match="takes 16 tokens, and 1 of 1 texts so far .* of 1 that of the output, too"):
+        full = Classifier(model, tokenizer, 0)([[1]], [" ".join(words)])
+    assert full == pytest.approx(short([[1]], [" ".join(words[-14:])]), abs=1e-5)
+    with pytest.warns(UserWarning, match="takes 4 tokens"):
+        got = Classifier(model, tokenizer, 0, max_length=4)([[1]], [" ".join(words)])
+    assert got == pytest.approx(short([[1]], ["was good"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("pads", ["neither", "tokenizer", "model"])
-def test_decoders_whose_padding_does_not_fit_are_read_one_by_one(pads):
+def test_a_long_prompt_leaves_outputs_whole():
+    """Of prompt and output the prompt is cut first, so that different outputs have different phi."""
+    model, tokenizer = bert(2), word_tokenizer()
+    potential = Classifier(model, tokenizer, 0, with_prompt=True).given([9], "was bad " * 50)
+    alone = Classifier(model, tokenizer, 0)
+    texts = ["good", "bad fine", "good " * 12 + "bad"]
+    outputs = [[1]] * 3
+    with pytest.warns(UserWarning, match="3 of 3 texts so far were longer: of 3 the beginning .*, of 0 that of the"):
+        got = potential(outputs, texts)
+    after = [("was bad " * 50 + text).split()[-14:] for text in texts]
+    assert got == pytest.approx(alone(outputs, [" ".join(words) for words in after]), abs=1e-5)
+    assert min(abs(a - b) for a, b in itertools.combinations(got, 2)) > 1e-3
+    # Every so often only, or a long run would show nothing else; copies count together.
+    with pytest.warns(UserWarning, match="6 of 8 texts so far were longer: of 5 .*, of 1 that of the output, too"):
+        other = potential.given([9], "")
+        other(outputs[:2], ["good", "bad"])
+        potential(outputs, ["good", "bad", "fine " * 100])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        potential(outputs, texts)
+
+
+@pytest.mark.parametrize("pads", ["neither", "tokenizer", "model", "outside"])
+def test_decoders_whose_padding_does_not_fit(pads):
     """Llama's head reads the last token that differs from its own padding; another padding would be read."""
-    model = llama(3, pad_token_id=5 if pads == "model" else None)
+    model = llama(3, pad_token_id={"model": 5, "outside": -1}.get(pads))
     tokenizer = word_tokenizer(False, pad=pads != "neither")
     texts = ["good was", "fine was good", "was was fine fine"]
     logits = logits_one_by_one(model, tokenizer, texts)
@@ -395,11 +433,116 @@ def test_misuse_of_classifiers_is_named(label, options, message):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_texts_without_tokens_are_named(batch_size):
+def test_texts_without_tokens_are_read_as_a_special_one(batch_size):
     """An output of nothing but EOS has no text; encoders see their special tokens even then."""
-    with pytest.raises(ValueError, match="`texts` must hold at least one token each for .*, got '': set `with_prompt`"):
-        Classifier(llama(2), word_tokenizer(False), 0, batch_size=batch_size)([[1], [1]], ["good", ""])
+    model, tokenizer = llama(2), word_tokenizer(False)
+    tokenizer.add_special_tokens({"bos_token": "[CLS]"})
+    got = Classifier(model, tokenizer, 0, batch_size=batch_size)([[1]] * 3, ["good", "", " "])
+    expected = [Classifier(model, tokenizer, 0)([[1]], [text])[0] for text in ("good", "[CLS]", "[CLS]")]
+    assert got == pytest.approx(expected, abs=1e-5)
     assert len(Classifier(bert(2), word_tokenizer(), 0)([[1]], [""])) == 1
+    # No bos, cls, eos or sep: the padding; without any special token there is nothing to read.
+    assert math.isfinite(Classifier(model, word_tokenizer(False), 0)([[1]], [""])[0])
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"good": 0}, unk_token="good")))
+    blank = llama(2, pad_token_id=None)
+    blank.config.bos_token_id = blank.config.eos_token_id = None
+    with pytest.raises(ValueError, match="`texts` must hold at least one token each for .*, got '': set `with_prompt`"):
+        Classifier(blank, bare, 0)([[1]], [""])
+
+
+def tiny_classifier(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    size = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3, vocab_size=len(WORDS),
+        num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    encoder = {**size, "max_position_embeddings": 16, "intermediate_size": 32}
+    if kind == "gpt2":
+        return GPT2ForSequenceClassification(
+            GPT2Config(**{**size, "n_positions": 16, "bos_token_id": 2, "eos_token_id": 3, **options})
+        )
+    if kind == "xlnet":
+        xlnet = dict(d_model=32, n_layer=2, n_head=2, d_inner=32, vocab_size=len(WORDS), num_labels=3, pad_token_id=0)
+        return XLNetForSequenceClassification(XLNetConfig(**xlnet, initializer_range=0.3))
+    config, model = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+        "llama": (LlamaConfig, LlamaForSequenceClassification),
+    }[kind]
+    return model(config(**{**encoder, **options}))
+
+
+KINDS_OF_MODEL = ("bert", "roberta", "gpt2", "llama", "xlnet")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_a_score_does_not_depend_on_the_batch(monkeypatch, kind, side):
+    """Whichever side the tokenizer pads on, in batches bounded by rows or by tokens; 1e-5: float32 in another order."""
+    model, tokenizer = tiny_classifier(kind), word_tokenizer(kind in ("bert", "roberta"))
+    tokenizer.padding_side = side
+    texts = ["good", "was bad fine good", "fine " * 9, "bad was", "was " * 12 + "bad"]
+    expected = logits_one_by_one(model, tokenizer, texts).log_softmax(1)[:, 1].tolist()
+    assert max(expected) - min(expected) > 0.1
+    shapes = []
+    model.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    for most in (2**14, 20):
+        monkeypatch.setattr(potentials, "MAX_TOKENS", most)
+        assert Classifier(model, tokenizer, 1)([[1]] * 5, texts) == pytest.approx(expected, abs=1e-5)
+    assert all(rows == 1 or rows * length <= 20 for rows, length in shapes[-3:])
+    if kind != "xlnet":
+        assert shapes[0][0] == 5, "one padded batch was not tried"
+    assert Classifier(model, tokenizer, 1).log_phi([], []) == []
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("tokenizer_pads", [True, False])
+def test_padding_that_is_the_end_token(kind, tokenizer_pads):
+    """Decoders read the last token that is no padding: an end that is one changes nothing, in any batch."""
+    model, tokenizer = tiny_classifier(kind, pad_token_id=3, eos_token_id=3), word_tokenizer(False, pad=False)
+    tokenizer.add_special_tokens({"eos_token": "[SEP]", **({"pad_token": "[SEP]"} if tokenizer_pads else {})})
+    texts = ["good was", "good was [SEP]", "fine bad was fine bad", "good was [SEP] [SEP]"]
+    got = Classifier(model, tokenizer, 1)([[1]] * 4, texts)
+    assert got[0] == pytest.approx(got[1], abs=1e-5) == pytest.approx(got[3], abs=1e-5)
+    expected = logits_one_by_one(model, tokenizer, texts).log_softmax(1)[:, 1].tolist()
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_texts_as_long_as_the_model_takes(kind):
+    """Positions begin after the padding's index in RoBERTa: 16 hold 15 tokens, and its 514 hold 512 at padding 1."""
+    model, tokenizer = tiny_classifier(kind), word_tokenizer(kind in ("bert", "roberta"))
+    tokenizer.model_max_length = 10**30
+    potential = Classifier(model, tokenizer, 1)
+    limit = {"roberta": 15, "xlnet": 10**30}.get(kind, 16)
+    assert potential.max_length == min(limit, sys.maxsize) or kind == "xlnet" and potential.max_length >= 10**18
+    for length in range(11, 20):
+        text = ["good bad was fine".split()[i % 4] for i in range(length)]
+        room = potential.room
+        with pytest.warns(UserWarning) if length > room else contextlib.nullcontext():
+            got = Classifier(model, tokenizer, 1)([[1]], [" ".join(text)])
+        expected = logits_one_by_one(model, tokenizer, [" ".join(text[-min(length, room) :])]).log_softmax(1)[:, 1]
+        assert got == pytest.approx(expected.tolist(), abs=1e-5)
+    if kind not in ("llama", "xlnet"):  # whose positions are not learned
+        with pytest.raises(ValueError, match=f"`max_length` must lie between .* {limit} positions, got {limit + 1}"):
+            Classifier(model, tokenizer, 1, max_length=limit + 1)
+    tokenizer.model_max_length = 12
+    assert Classifier(model, tokenizer, 1).max_length == 12
+
+
+def test_room_for_text_is_asked_for():
+    for length in (0, 2, -1, True, "8"):
+        with pytest.raises(ValueError, match=f"`max_length` must lie between 3, .* 2 special tokens.*got {length!r}"):
+            Classifier(bert(2), word_tokenizer(), 0, max_length=length)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_classifiers_in_half_precision(kind):
+    """As in float32 but for the rounding: bfloat16 has 8 bits, so logits of a few units are off by some 0.05."""
+    model, tokenizer = tiny_classifier(kind), word_tokenizer(kind == "bert")
+    exact = Classifier(model, tokenizer, 1)(OUTPUTS, TEXTS)
+    got = Classifier(model.to(torch.bfloat16), tokenizer, 1)(OUTPUTS, TEXTS)
+    assert got == pytest.approx(exact, abs=0.2) and got != exact
 
 
 # -- Continuations -----------------------------------------------------------------------------
@@ -557,6 +700,38 @@ def test_a_loaded_callable_that_raises_is_named(module: Path):
     potential = load_potential(f"{module}:fails")
     with pytest.raises(ValueError, match=re.escape(f"`potential` {module}:fails must return log phi of 3 outputs")):
         potential(OUTPUTS, TEXTS)
+
+
+def test_documented_files(repo_root: Path, tmp_path: Path, wide: Tiny):
+    """docs/training.md has an example of every type, which loads, and every key with its default."""
+    text = (repo_root / "docs/training.md").read_text().partition("## What `potential.json` may hold")[2]
+    text = text.partition("\n## ")[0]
+    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)]
+    assert [example.get("type", "token_logistic") for example in examples] == list(potentials.KINDS)
+    model, tokenizer = bert(2, id2label={0: "NEGATIVE", 1: "POSITIVE"}), word_tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "classifier")
+    loaded = []
+    for example in examples:
+        if "model" in example:
+            example["model"] = str(tmp_path / "classifier")
+        (tmp_path / "potential.json").write_text(json.dumps(example))
+        loaded.append(load_potential(tmp_path, model=wide.model, tokenizer=tokenizer))
+    assert [type(potential) for potential in loaded] == [TokenLogistic, Classifier, Continuation]
+    signatures = [inspect.signature(f).parameters for f in (Classifier, Classifier.from_pretrained)]
+    rows = re.findall(r"^\| `(\w+)`.*?\|.*?\|(.*)\|$", text, re.MULTILINE)
+    assert [name for name, _ in rows if name != "type"] == list(potentials.KINDS)
+    for name, cell in rows[-len(potentials.KINDS) :]:
+        kind = potentials.KINDS[name]
+        for key in kind.required:
+            assert f"`{key}`" in cell
+        for key in kind.optional:
+            (default,) = [s[key].default for s in signatures if key in s]
+            if key == "max_length":
+                default = "what the model takes"
+            shown = f"`{default}`" if key in ("score", "dtype") else default
+            shown = shown if isinstance(shown, str) else json.dumps(shown)
+            assert re.search(rf"`{key}` \({re.escape(shown)}[;)]", cell), key
 
 
 @pytest.mark.parametrize(

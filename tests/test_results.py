@@ -44,6 +44,32 @@ def test_particles() -> None:
     assert got.particles is None
 
 
+def response(kind: str) -> dict[str, Any]:
+    """Return what a server answers, beside the result of two choices."""
+    text = {"message": {"role": "assistant", "content": "x"}} if kind == "chat.completion" else {"text": "x"}
+    choices = [{"index": i, "finish_reason": "stop", "logprobs": None, **text} for i in range(2)]
+    params = {RESULT_KEY: [ENTRY, {**ENTRY, "chosen": 0, "particles": PARTICLES}], "remote_host": "x"}
+    return {
+        "id": "1", "object": kind, "created": 1, "model": "m", "choices": choices, "kv_transfer_params": params
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["chat.completion", "text_completion"])
+def test_responses_of_a_server(kind: str) -> None:
+    """As JSON, or as the objects that OpenAI's client makes of it; without a result they are named."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    whole, parse = response(kind), (ChatCompletion if kind == "chat.completion" else Completion).model_validate
+    expected = results(whole["kv_transfer_params"])
+    assert [r.chosen for r in expected] == [1, 0] and expected[1].particles is not None
+    assert results(whole) == results(parse(whole)) == results(parse(whole).model_dump()) == expected
+    for params in (None, {}, {"remote_host": "x"}, "x"):
+        for untwisted in ({**whole, "kv_transfer_params": params}, parse({**whole, "kv_transfer_params": params})):
+            with pytest.raises(ValueError, match="`output` carries no twist result"):
+                results(untwisted)
+
+
 @pytest.mark.parametrize("untwisted", [output(None), output({}), output({"remote_host": "x"}), {}, SimpleNamespace()])
 def test_untwisted(untwisted: Any) -> None:
     with pytest.raises(ValueError, match=r"`output` carries no twist result: the engine has no .*`twist=0`"):

@@ -21,7 +21,7 @@ from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, t
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
 from vllm_twist.sampling import LAWS, DrawRequest, Draws, TransformersSampler
-from vllm_twist.training import TrainingConfig, TwistTrainer
+from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
@@ -364,6 +364,9 @@ def test_what_was_not_the_same_run_is_not_resumed(small: Tiny, tmp_path: Path):
         ({"lr": 0.5}, "`lr` must be that of the run to resume, 0.03, got 0.5"),
         ({"seed": 1}, "`seed` must be that of the run to resume"),
         ({"objective": "rl"}, "`objective` must be that of the run to resume, 'ctl', got 'rl'"),
+        ({"revision": "v2"}, "`revision` must be that of the run to resume, None, got 'v2'"),
+        ({"trust_remote_code": True}, "`trust_remote_code` must be that of the run to resume, False, got True"),
+        ({"dtype": "bfloat16"}, "`dtype` must be that of the run to resume, 'auto', got 'bfloat16'"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(small, **{"updates": 4, "particles": 4, **changes}).train(PROMPTS, tmp_path, resume=True)
@@ -371,6 +374,18 @@ def test_what_was_not_the_same_run_is_not_resumed(small: Tiny, tmp_path: Path):
         make(small, updates=4, particles=4).train(PROMPTS[:1], tmp_path, resume=True)
     with pytest.raises(ValueError, match="`resume` needs a checkpoint, .*elsewhere.* does not exist"):
         make(small, updates=4, particles=4).train(PROMPTS, tmp_path / "elsewhere", resume=True)
+
+
+def test_a_checkpoint_without_an_option_has_its_default(small: Tiny, tmp_path: Path):
+    """As those have that were written before there was the option."""
+    make(small, updates=2, particles=4).train(PROMPTS, tmp_path)
+    state = torch.load(tmp_path / STATE_NAME, weights_only=True)
+    for name in ("revision", "trust_remote_code"):
+        del state["config"][name]
+    torch.save(state, tmp_path / STATE_NAME)
+    with pytest.raises(ValueError, match="`revision` must be that of the run to resume, None, got 'v2'"):
+        make(small, updates=3, particles=4, revision="v2").train(PROMPTS, tmp_path, resume=True)
+    assert len(make(small, updates=3, particles=4).train(PROMPTS, tmp_path, resume=True)) == 1
 
 
 def test_processes_are_one_with_more_prompts(small: Tiny, tmp_path: Path, repo_root: Path):

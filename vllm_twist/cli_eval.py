@@ -9,8 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm_twist.cli import add_options
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, plot, table
+from vllm_twist.model_options import ModelOptions
 from vllm_twist.potentials import Potential, load_potential, reads_model
+from vllm_twist.prompts import read_prompts
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -33,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--potential",
         help="log phi of outputs: module:attribute, path.py:attribute, a potential.json or a folder with one",
     )
-    parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line")
+    parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line, as text or JSON")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--plot", type=Path, help="picture of the bounds against K (needs vllm-twist[plot])")
     for name, kind, text in (
@@ -57,6 +60,7 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} (default: {shown})"
         )
+    add_options(parser, ModelOptions)
     parser.add_argument(
         "--engine-args",
         type=json.loads,
@@ -66,21 +70,19 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
-def _load(args: argparse.Namespace) -> tuple[Potential | None, Any]:
+def _load(args: argparse.Namespace, options: ModelOptions) -> tuple[Potential | None, Any]:
     """Return the potential, if there is one, and the language model in transformers, if it takes part in phi."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if args.potential is None:
         if not args.condition_tokens:
             raise ValueError("`--potential` is missing: name log phi, or pass `--condition-tokens` for infilling.")
-        return None, AutoModelForCausalLM.from_pretrained(args.model)
+        return None, options.load_model(args.model)
     if args.condition_tokens:
         raise ValueError(
             f"`--potential` must not be given with `--condition-tokens`, got {args.potential!r}: drop one of the two."
         )
     if not reads_model(args.potential):
         return load_potential(args.potential), None
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = options.load_model(args.model), options.load_tokenizer(args.model)
     return load_potential(args.potential, model=model, tokenizer=tokenizer), model
 
 
@@ -92,13 +94,8 @@ def run(args: argparse.Namespace) -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     config = EvaluationConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(EvaluationConfig)})
-    try:
-        prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"`--prompts` {args.prompts} cannot be read ({error}): check the path.") from error
-    if not prompts:
-        raise ValueError(f"`--prompts` {args.prompts} must hold a prompt a line, got none: add one.")
-    potential, model = _load(args)
+    prompts = read_prompts(args.prompts)
+    potential, model = _load(args, config)
     for path in (args.json, args.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +104,13 @@ def run(args: argparse.Namespace) -> None:
 
     import vllm_twist
 
-    options = {"max_num_seqs": max(256, *config.particles), "seed": config.seed, **args.engine_args}
+    options = {
+        "max_num_seqs": max(256, *config.particles),
+        "seed": config.seed,
+        "dtype": config.dtype,
+        **config.files,
+        **args.engine_args,
+    }
     llm = vllm.LLM(args.model, twist_head=args.twist_head, **options)
     try:
         found = Evaluator(llm, potential, config, model).evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -11,7 +12,10 @@ from typing import Any
 
 import torch
 
+from vllm_twist.cli import add_options
 from vllm_twist.config import RequestConfig
+from vllm_twist.model_options import ModelOptions
+from vllm_twist.prompts import encode_prompt, parse_prompt
 from vllm_twist.resampling import ess
 from vllm_twist.results import TwistResult, results
 
@@ -25,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="folder or hub id of the base model")
     parser.add_argument("--twist-head", required=True, help="folder or hub id of the head")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, help="text to continue, or a JSON object as in --prompts")
     parser.add_argument("--plot", type=Path, required=True, help="picture to write (needs vllm-twist[plot])")
     parser.add_argument("--max-tokens", type=int, default=32, help="length at which outputs are cut (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the group (default: 0)")
@@ -34,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"as in a request (default: {value})"
         )
+    add_options(parser, ModelOptions)
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM"
     )
@@ -48,23 +53,27 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     names = ("particles", "ess_threshold", "resampling")
     RequestConfig(**{name: getattr(args, name) for name in names})  # refuses what is out of range
+    model = ModelOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelOptions)})
+    prompt = parse_prompt(args.prompt, "`--prompt`")
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     import vllm
 
-    options = {"max_num_seqs": max(64, args.particles), **args.engine_args}
+    options = {"max_num_seqs": max(64, args.particles), "dtype": model.dtype, **model.files, **args.engine_args}
     llm = vllm.LLM(args.model, twist_head=args.twist_head, **options)
     extra = {f"twist_{name}": getattr(args, name) for name in names}
     params = vllm.SamplingParams(
         max_tokens=args.max_tokens, seed=args.seed, extra_args={**extra, "twist_trace": 1, "twist_return_particles": 1}
     )
     try:
-        (output,) = llm.generate([args.prompt], params, use_tqdm=False)
+        inputs: Any = {"prompt_token_ids": encode_prompt(prompt, llm.get_tokenizer())}
+        (output,) = llm.generate([inputs], params, use_tqdm=False)
     finally:
         llm.llm_engine.engine_core.shutdown()
     (group,) = results(output)
-    print(f"{args.prompt}{output.outputs[0].text}")
+    shown = prompt if isinstance(prompt, str) else f"{args.prompt}\n"
+    print(f"{shown}{output.outputs[0].text}")
     print(f"log Z {group.log_z:.3f} · ESS {group.ess:.1f} of {args.particles} · resampled {group.num_resamplings}×")
-    plot(group, repr(args.prompt), str(args.plot))
+    plot(group, repr(prompt if isinstance(prompt, str) else args.prompt), str(args.plot))
 
 
 def lineage(group: TwistResult, particle: int) -> list[int]:

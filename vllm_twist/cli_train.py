@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm_twist.cli import add_options
+from vllm_twist.prompts import read_prompts
 from vllm_twist.training import TrainingConfig, TwistTrainer
 
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "--potential",
         help="log phi of outputs: module:attribute, path.py:attribute, a potential.json or a folder with one",
     )
-    parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line")
+    parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line, as text or JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for the head, which can be served as it is")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the metrics for TensorBoard into DIR")
@@ -31,13 +33,7 @@ def add_parser(subparsers: Any) -> None:
         "--engine-args", type=json.loads, default={}, metavar="JSON",
         help="further arguments of vllm.LLM for the engine that draws, such as '{\"tensor_parallel_size\": 2}'",
     )  # fmt: skip
-    for option in dataclasses.fields(TrainingConfig):
-        flag = f"--{option.name.replace('_', '-')}"
-        text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
-        if isinstance(option.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
-        else:
-            parser.add_argument(flag, type=type(option.default), default=option.default, help=text)
+    add_options(parser, TrainingConfig)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,9 +45,6 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
     config = TrainingConfig.from_options({name: getattr(args, name) for name in names})
-    try:
-        prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"`--prompts` {args.prompts} cannot be read ({error}): check the path.") from error
+    prompts = read_prompts(args.prompts)
     with TwistTrainer(args.model, args.potential, config, engine_args=args.engine_args) as trainer:
         trainer.train(prompts, args.out, resume=args.resume, progress=True, log_dir=args.tensorboard)

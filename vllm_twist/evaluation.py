@@ -30,13 +30,15 @@ from vllm_twist.bounds import (
     unbiased_log_z,
 )
 from vllm_twist.config import PROPOSALS
+from vllm_twist.model_options import ModelOptions
 from vllm_twist.potentials import Continuation, Potential
+from vllm_twist.prompts import Prompt, encode_prompt
 from vllm_twist.results import results
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """What to run for each prompt.
+class EvaluationConfig(ModelOptions):
+    """What to run for each prompt, and with which base model.
 
     Attributes:
         max_tokens: length at which outputs are cut.
@@ -63,6 +65,7 @@ class EvaluationConfig:
     condition_tokens: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lows = {"max_tokens": 1, "repeats": 2, "samples": 2, "max_draws": 0, "condition_tokens": 0}
         for name, low in lows.items():
             value = getattr(self, name)
@@ -98,7 +101,7 @@ class PromptEvaluation:
     """What was found for one prompt.
 
     Attributes:
-        prompt: its text.
+        prompt: its text; that of chat messages after the model's template.
         log_z: log Z: the mid-point of the tightest pair of bounds, or from the mean of Z-hat.
         log_z_from: which of the two.
         kl_q_sigma, kl_sigma_q: divergences of the twist-induced proposal q (one particle) and sigma.
@@ -175,8 +178,10 @@ class Evaluator:
         if config.condition_tokens and model is None:
             raise ValueError("`model` must be given with `condition_tokens`, got None: pass the LM in transformers.")
 
-    def evaluate(self, prompts: Iterable[str], report: Callable[[PromptEvaluation], None] | None = None) -> Evaluation:
-        """Evaluate prompts one by one; ``report`` is called with each."""
+    def evaluate(
+        self, prompts: Iterable[Prompt], report: Callable[[PromptEvaluation], None] | None = None
+    ) -> Evaluation:
+        """Evaluate prompts, as ``TwistTrainer.train`` takes them, one by one; ``report`` is called with each."""
         found = []
         for index, prompt in enumerate(prompts):
             kind = _Infilling if self.config.condition_tokens else _Prompt
@@ -202,10 +207,14 @@ class _Prompt:
     #: The twist-induced proposal itself: one particle.
     Q = ("twist", 1, False)
 
-    def __init__(self, evaluator: Evaluator, index: int, prompt: str) -> None:
-        self.evaluator, self.index, self.prompt = evaluator, index, prompt
+    def __init__(self, evaluator: Evaluator, index: int, prompt: Prompt) -> None:
+        self.evaluator, self.index = evaluator, index
         self.config = evaluator.config
-        self.prompt_ids = evaluator.tokenizer(prompt).input_ids
+        self.prompt_ids = encode_prompt(prompt, evaluator.tokenizer)
+        if not self.prompt_ids:
+            raise ValueError(f"`prompts` must give at least one token each, got none for {prompt!r}: add text.")
+        # As training gives it to a potential; of chat messages, what the model reads.
+        self.prompt = prompt if isinstance(prompt, str) else evaluator.texts([self.prompt_ids])[0]
 
     @property
     def kinds(self) -> list[tuple[str, int, bool]]:

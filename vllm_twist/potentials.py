@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from vllm_twist.config import did_you_mean
+from vllm_twist.model_options import ModelOptions
 
 #: Maps output tokens (the terminating one included, the prompt not) and their texts to log phi (nats).
 LogPhi = Callable[[list[list[int]], list[str]], list[float]]
@@ -285,6 +287,10 @@ class TokenLogistic(Potential):
 
 # -- Models ------------------------------------------------------------------------------------
 SCORES = ("log_probability", "logit", "threshold")
+#: Tokens in one forward pass of a classifier, padding included.
+MAX_TOKENS = 2**14
+#: Tables of learned positions, by the last part of their names.
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 class Classifier(Potential):
@@ -296,6 +302,12 @@ class Classifier(Potential):
 
     Classifiers of several classes have p = softmax of the logits, those of a single logit r (and
     multi-label ones) a sigmoid: label 1 has the logit r and label 0 has -r.
+
+    What is longer than ``max_length`` is cut at its beginning, so that outputs always differ where they
+    end: of a prompt and an output the prompt goes first, and the output stays whole as long as it fits.
+    Warnings count what was cut.
+
+    A text without a token is read as one special token, the beginning of a sequence where there is one.
     """
 
     def __init__(
@@ -325,8 +337,8 @@ class Classifier(Potential):
             epsilon: phi of what does not reach it; 0 forbids it.
             with_prompt: whether the text to classify is the prompt and the output, not the output alone.
             prompt: the prompt's text; ``given`` sets it.
-            batch_size: texts per forward pass.
-            max_length: tokens after which texts are cut; what the model takes by default.
+            batch_size: texts per forward pass, at most; those of very long texts are fewer.
+            max_length: tokens of a text, special ones included; what the model takes by default.
 
         Raises:
             ValueError: a label or score that does not exist, or a number out of range.
@@ -349,16 +361,39 @@ class Classifier(Potential):
         self.epsilon = epsilon
         self.with_prompt = with_prompt
         self.prompt = prompt
-        # Rows of one text need no padding. With it, decoders look for the last token that differs from the
-        # padding of their config, and read the wrong one if the tokenizer pads with another.
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.batch_size = batch_size if pad is not None and pad == getattr(model.config, "pad_token_id", None) else 1
-        limits = (getattr(tokenizer, "model_max_length", math.inf), getattr(model.config, "max_position_embeddings", 0))
-        self.max_length = max_length or min(int(limit) for limit in limits if limit)
+        # Padding stands on the right, whatever the tokenizer does: there it moves no position and no causal
+        # attention sees it. It is the padding of the model's config, for decoders read the last token that is not
+        # that, and RoBERTa counts its positions by it. Rows of one text need none.
+        config = model.config.get_text_config()
+        pad = getattr(config, "pad_token_id", None)
+        fits = pad is not None and 0 <= pad < getattr(config, "vocab_size", math.inf)
+        if getattr(config, "summary_type", None) == "last":
+            fits = False  # XLNet reads the last position, padding or not
+        self.pad = pad if fits else 0
+        self.batch_size = batch_size if fits else 1
+        self.max_length, self.room = _lengths(model, tokenizer, max_length)
+        self._cut = {"prompts": 0, "outputs": 0, "texts": 0, "told": 0}
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, label: int | str, **options: Any) -> Classifier:
-        """Load model and tokenizer from a folder or a hub repository; options as in the constructor.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        label: int | str,
+        *,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        dtype: str = "auto",
+        **options: Any,
+    ) -> Classifier:
+        """Load model and tokenizer from a folder or a hub repository.
+
+        Args:
+            name: of the folder or repository.
+            label: as in the constructor.
+            trust_remote_code: whether to run the Python code that comes with the model.
+            revision: branch, tag or commit on the hub.
+            dtype: of the model; auto: its own.
+            options: as in the constructor.
 
         Raises:
             ValueError: neither can be loaded, or the model comes without a trained head.
@@ -366,8 +401,11 @@ class Classifier(Potential):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+            files = ModelOptions(trust_remote_code=trust_remote_code, revision=revision, dtype=dtype).files
+            tokenizer = AutoTokenizer.from_pretrained(name, **files)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **files
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`model` {str(name)!r} is no sequence classifier that transformers can load "
@@ -395,25 +433,83 @@ class Classifier(Potential):
 
     @torch.no_grad()
     def log_phi(self, token_ids: list[list[int]], texts: list[str]) -> list[float]:
-        texts = [self.prompt + text for text in texts]
-        values: list[Tensor] = []
-        for start in range(0, len(texts), self.batch_size):
-            inputs = self.tokenizer(
-                texts[start : start + self.batch_size],
-                padding=self.batch_size > 1,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.model.device)
-            empty = inputs.attention_mask.sum(1) == 0
-            if inputs.input_ids.shape[1] == 0 or empty.any():
-                raise ValueError(
-                    f"`texts` must hold at least one token each for {self}, got "
-                    f"{texts[start + int(empty.int().argmax())]!r}: set `with_prompt`, or use a tokenizer that adds "
-                    "special tokens."
-                )
-            values.append(self._of_logits(self.model(**inputs).logits.double()))
-        return torch.cat(values).tolist()
+        rows = self._rows(texts)
+        values = [0.0] * len(rows)
+        for chosen in _batches([len(row["input_ids"]) for row in rows], self.batch_size, MAX_TOKENS):
+            inputs = self._padded([rows[k] for k in chosen])
+            found = self._of_logits(self.model(**inputs).logits.double()).tolist()
+            for k, value in zip(chosen, found, strict=True):
+                values[k] = value
+        return values
+
+    def _rows(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        """Return the tokenizer's columns for each text, none empty and none too long."""
+        if not texts:
+            return []
+        whole = self.tokenizer(
+            [self.prompt + text for text in texts],
+            return_attention_mask=True, return_special_tokens_mask=True, truncation=False, padding=False, verbose=False,
+        )  # fmt: skip
+        special = whole.pop("special_tokens_mask")
+        rows = [dict(zip(whole, columns, strict=True)) for columns in zip(*whole.values(), strict=True)]
+        cut = []
+        for k, row in enumerate(rows):
+            length = len(row["input_ids"])
+            if not length:
+                rows[k] = {name: [int(name == "attention_mask")] for name in row}
+                rows[k]["input_ids"] = [self._stand_in()]
+            elif length > self.max_length:
+                cut.append(k)
+                drop = [i for i in range(length) if not special[k][i]][: length - self.max_length]
+                gone = set(drop)
+                rows[k] = {name: [v for i, v in enumerate(column) if i not in gone] for name, column in row.items()}
+        if cut:
+            self._tell(len(texts), [texts[k] for k in cut])
+        else:
+            self._cut["texts"] += len(texts)
+        return rows
+
+    def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        fill = {"input_ids": self.pad, "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0)}
+        length = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor(
+                [row[name] + [fill.get(name, 0)] * (length - len(row[name])) for row in rows], device=self.model.device
+            )
+            for name in rows[0]
+        }
+
+    def _stand_in(self) -> int:
+        """Return the token that a text without any is read as."""
+        config = self.model.config.get_text_config()
+        for source in (self.tokenizer, config):
+            for name in ("bos", "cls", "eos", "sep", "pad", "unk"):
+                token = getattr(source, f"{name}_token_id", None)
+                if isinstance(token, int) and 0 <= token < getattr(config, "vocab_size", math.inf):
+                    return token
+        raise ValueError(
+            f"`texts` must hold at least one token each for {self}, whose tokenizer has no special ones, got '': set "
+            "`with_prompt`, or give the tokenizer a beginning-of-sequence token."
+        )
+
+    def _tell(self, count: int, cut: list[str]) -> None:
+        """Count the outputs whose text was cut, and warn when the first is and whenever their number has doubled."""
+        lengths = map(len, self.tokenizer(cut, add_special_tokens=False, verbose=False).input_ids)
+        outputs = sum(length > self.room for length in lengths)
+        state = self._cut
+        state["texts"] += count
+        state["outputs"] += outputs
+        state["prompts"] += len(cut) - outputs
+        total = state["outputs"] + state["prompts"]
+        if total < 2 * state["told"]:
+            return
+        state["told"] = total
+        warnings.warn(
+            f"{self} takes {self.max_length} tokens, and {total} of {state['texts']} texts so far were longer: of "
+            f"{state['prompts']} the beginning of the prompt was cut, of {state['outputs']} that of the output, too; "
+            "shorten them, or use a classifier with a longer context.",
+            stacklevel=2,
+        )
 
     def _of_logits(self, logits: Tensor) -> Tensor:
         """Return log phi [N] for logits [N, labels]."""
@@ -429,6 +525,43 @@ class Classifier(Potential):
 
     def __repr__(self) -> str:
         return f"Classifier({type(self.model).__name__}, label {self.label}, {self.score})"
+
+
+def _lengths(model: Any, tokenizer: Any, max_length: int | None) -> tuple[int, int]:
+    """Return how many tokens a text may have, with and without the special ones that the tokenizer adds.
+
+    Raises:
+        ValueError: a ``max_length`` that leaves no room for text, or for which the model has no positions.
+    """
+    tables = [
+        # Positions begin after the padding's index where the table has one: RoBERTa's 514 hold 512 tokens.
+        module.weight.shape[0] - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, torch.nn.Embedding)
+    ]
+    most = min(tables, default=math.inf)
+    if max_length is None:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [getattr(tokenizer, "model_max_length", None), context, *tables]
+        # XLNet's config has -1 for no limit.
+        max_length = min((int(limit) for limit in limits if limit and limit > 0), default=sys.maxsize)
+    special = tokenizer.num_special_tokens_to_add()
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or not special < max_length <= most:
+        raise ValueError(
+            f"`max_length` must lie between {special + 1}, for the tokenizer adds {special} special tokens, and the "
+            f"model's {most} positions, got {max_length!r}: leave it out for the most that model and tokenizer take."
+        )
+    return max_length, max_length - special
+
+
+def _batches(lengths: Sequence[int], most: int, max_tokens: int) -> list[list[int]]:
+    """Return the rows of each forward pass: of like length, ``most`` at most, padded to ``max_tokens`` at most."""
+    batches: list[list[int]] = []
+    for k in sorted(range(len(lengths)), key=lambda k: lengths[k]):
+        if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * lengths[k] > max_tokens:
+            batches.append([])
+        batches[-1].append(k)
+    return batches
 
 
 def _label_index(config: Any, label: int | str) -> int:
@@ -548,7 +681,7 @@ def load_potential(spec: str | Path | LogPhi | Potential, *, model: Any = None, 
                              {"type": "continuation", "text": "..."}
         a callable, or a ``Potential``, which is returned as it is
 
-    Further keys of a classifier are the options of ``Classifier``.
+    Further keys of a classifier are the options of ``Classifier`` and of its ``from_pretrained``.
 
     Args:
         spec: what to load. Code that it names is run.
@@ -666,7 +799,10 @@ KINDS = {
     "classifier": _Kind(
         _classifier,
         ("model", "label"),
-        ("score", "beta", "threshold", "epsilon", "with_prompt", "batch_size", "max_length"),
+        (
+            "score", "beta", "threshold", "epsilon", "with_prompt", "batch_size", "max_length", "trust_remote_code",
+            "revision", "dtype",
+        ),
     ),
     "continuation": _Kind(_continuation, ("text",)),
 }

@@ -68,16 +68,21 @@ class TwistResult:
 
 
 def results(output: Any) -> list[TwistResult]:
-    """Return one ``TwistResult`` per completion of a vLLM ``RequestOutput``.
+    """Return one ``TwistResult`` per completion, in order.
 
-    Also takes the ``kv_transfer_params`` dict of a server's JSON response.
+    Args:
+        output: a vLLM ``RequestOutput``, of ``LLM.generate`` or ``LLM.chat``; what the client of ``openai``
+            returns for completions and chats; or a server's JSON response, whole or its
+            ``kv_transfer_params`` alone.
 
     Raises:
         ValueError: the request was not twisted.
         RuntimeError: the request ended in an error; the message says which.
     """
-    params = output if isinstance(output, dict) else getattr(output, "kv_transfer_params", None)
-    entries = (params or {}).get(RESULT_KEY)
+    params: Any = output if isinstance(output, dict) else getattr(output, "kv_transfer_params", None)
+    if isinstance(output, dict) and RESULT_KEY not in output:
+        params = output.get("kv_transfer_params")
+    entries = params.get(RESULT_KEY) if isinstance(params, dict) else None
     if entries is None:
         raise ValueError(
             "`output` carries no twist result: the engine has no twist head, the request turned twists "

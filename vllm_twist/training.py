@@ -39,6 +39,7 @@ from vllm_twist.objectives import (
 )
 from vllm_twist.potentials import Continuation, LogPhi, Potential, load_potential
 from vllm_twist.processes import Processes
+from vllm_twist.prompts import Prompt, encode_prompt
 from vllm_twist.resampling import ess, log_mean_exp
 from vllm_twist.sampling import (
     DrawRequest,
@@ -212,7 +213,7 @@ class TwistTrainer:
     # -- Training
     def train(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         out: str | Path | None = None,
         *,
         resume: bool = False,
@@ -222,7 +223,8 @@ class TwistTrainer:
         """Update until ``config.updates`` is reached; return the metrics of each update made here.
 
         Args:
-            prompts: what to continue, texts or token ids. Updates take them in turn.
+            prompts: what to continue, texts, token ids, or chat messages, which go through the tokenizer's chat
+                template. Updates take them in turn.
             out: folder for the head; it can be served as it is. Checkpoints go there, too.
             resume: whether to go on from the checkpoint in ``out``.
             progress: whether to show a bar with loss, ESS, KL or gap, and tokens per second.
@@ -417,23 +419,13 @@ class TwistTrainer:
 
     # -- Set-up
     def _load(self, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         attention.prepare(self.config.attention)
         if isinstance(model, str | Path):
             device = self._processes.device
             dtype = "float32" if self.config.dtype == "auto" and device.type == "cpu" else self.config.dtype
-            try:
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-                model = AutoModelForCausalLM.from_pretrained(
-                    model, dtype=dtype, attn_implementation=self.config.attention
-                )
-                model.to(device)
-            except (OSError, ImportError) as error:
-                raise ValueError(
-                    f"`model` {str(model)!r} is no causal language model that transformers can load "
-                    f"({type(error).__name__}: {error}): check the name, and the connection if it is a hub id."
-                ) from error
+            tokenizer = tokenizer or self.config.load_tokenizer(model)
+            model = self.config.load_model(model, dtype=dtype, attn_implementation=self.config.attention)
+            model.to(device)
         else:
             model.set_attn_implementation(self.config.attention)
         model.eval().requires_grad_(False)
@@ -449,12 +441,10 @@ class TwistTrainer:
             )
         return model, tokenizer
 
-    def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         if not len(prompts):
             raise ValueError("`prompts` must hold at least one, got none: pass what the model should continue.")
-        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("`prompts` must be token ids, got text but no tokenizer: pass `tokenizer`.")
-        rows = [tuple(self.tokenizer(p).input_ids) if isinstance(p, str) else tuple(p) for p in prompts]
+        rows = [tuple(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
         for row in rows:
             check_length(self.model, row, self.config.max_tokens + self.config.condition_tokens)
         return rows
@@ -489,6 +479,7 @@ class TwistTrainer:
                 "max_model_len": longest + self.config.max_tokens + self.config.condition_tokens,
                 "max_num_seqs": max(particles, min(at_once, MAX_NUM_SEQS)),
                 "dtype": str(self.model.dtype).removeprefix("torch."),
+                **self.config.files,
                 **self._engine_args,
             },
         )
@@ -523,7 +514,9 @@ class TwistTrainer:
             "prompts": digest,
             "processes": self._processes.world,
         }
-        then = {**state["config"], "prompts": state["prompts"], "processes": state["processes"]}
+        # What the run had no option for was as it is by default.
+        defaults = {option.name: option.default for option in dataclasses.fields(TrainingConfig)}
+        then = {**defaults, **state["config"], "prompts": state["prompts"], "processes": state["processes"]}
         for name, value in now.items():
             if then.get(name) != value:
                 raise ValueError(

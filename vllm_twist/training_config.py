@@ -10,11 +10,11 @@ from typing import Any
 
 from vllm_twist import attention
 from vllm_twist.config import _flag, _integer, _number, _one_of, _option, did_you_mean
+from vllm_twist.model_options import DTYPES, ModelOptions
 from vllm_twist.objectives import OBJECTIVES, get_objective
 from vllm_twist.twist import TwistHead
 
 SAMPLERS = ("auto", "vllm", "transformers")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 POSITIVES = ("approximate", "exact", "smc")
 
 
@@ -30,7 +30,7 @@ def _positive(name: str, value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(ModelOptions):
     """How a twist head is learned. Each field is a flag of ``vllm-twist train``; every value is checked.
 
     Raises:
@@ -74,7 +74,10 @@ class TrainingConfig:
         default="sdpa",
     )
     dtype: str = _option(
-        _one_of(DTYPES), "of the base model; auto: float32 on a CPU, the model's own on a GPU", default="auto"
+        _one_of(DTYPES),
+        "of the base model; auto: float32 on a CPU, the model's own on a GPU",
+        default="auto",
+        kw_only=True,
     )
     save_every: int = _option(_at_least(1), "updates between checkpoints", default=100)
 
@@ -103,7 +106,8 @@ class TrainingConfig:
         Raises:
             ValueError: an unknown keyword, or a value out of range.
         """
-        known = tuple(option.name for option in dataclasses.fields(cls))
+        options_of = sorted(dataclasses.fields(cls), key=lambda option: bool(option.kw_only))
+        known = tuple(option.name for option in options_of)
         for key in options:
             if key not in known:
                 raise ValueError(

@@ -60,8 +60,9 @@ class EngineSampler:
             max_model_len: longest prompt and output together, in tokens.
             max_num_seqs: outputs that one call of ``sample`` asks for, at most; the largest request at least.
             dtype: as in vLLM; the one that the gradient is computed in, so that both have one p0.
-            engine_args: of ``vllm.LLM``, over the defaults here. Memory: by default the KV cache gets
-                what ``max_num_seqs`` sequences need and no more, for a GPU is shared with the trainer.
+            engine_args: of ``vllm.LLM``, over the defaults here, ``revision`` and such among them.
+                Memory: by default the KV cache gets what ``max_num_seqs`` sequences need and no more, for a GPU
+                is shared with the trainer.
         """
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has run threads by now
         from vllm import LLM
@@ -88,7 +89,11 @@ class EngineSampler:
                 options.setdefault("max_num_batched_tokens", max(2048, whole))
             if not options.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}:
                 options["kv_cache_memory_bytes"] = _kv_cache_bytes(
-                    model, options["max_num_seqs"], options["max_model_len"], 4 if dtype in ("auto", "float32") else 2
+                    model,
+                    options["max_num_seqs"],
+                    options["max_model_len"],
+                    4 if dtype in ("auto", "float32") else 2,
+                    **{name: options[name] for name in ("trust_remote_code", "revision") if name in options},
                 )
             self.llm: Any = LLM(model, **options)
 
@@ -174,11 +179,11 @@ class EngineSampler:
         return Draws([p.token_ids for p in particles], log_w)
 
 
-def _kv_cache_bytes(model: str, sequences: int, length: int, itemsize: int) -> int | None:
+def _kv_cache_bytes(model: str, sequences: int, length: int, itemsize: int, **files: Any) -> int | None:
     """Return what so many sequences of this length need, with a margin; None for models that it cannot tell of."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = AutoConfig.from_pretrained(model, **files).get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
     if heads is None or layers is None:
