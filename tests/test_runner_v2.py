@@ -46,6 +46,7 @@ TESTS = [
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
     "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",
+    "cases_v2.py::test_light_kernels_store_what_triton_says",
     "cases_v2.py::test_same_as_model_runner_v1",
     "cases_v2.py::test_state_survives_a_preemption",
     "cases_v2.py::test_same_with_the_kernels",
