@@ -20,6 +20,7 @@ import torch
 #: Where the kernels are from.
 MODULES = {f"vllm.v1.worker.gpu.{name}" for name in ("block_table", "buffer_utils", "input_batch")}
 NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.uint64: np.uint64, torch.bool: np.bool_}
+NUMPY[torch.float32] = np.float32  # which are only copied
 #: Launches of each kernel, and those that this interpreter does not know enough for.
 launches: collections.Counter[str] = collections.Counter()
 left: set[str] = set()
@@ -126,7 +127,7 @@ class Language:
         if mask is not None and not mask:
             return other
         value = memory[at].item()
-        return value if isinstance(value, bool) else Integer(value)
+        return Integer(value) if type(value) is int else value
 
     def store(self, pointer: Pointer, value: Any, mask: Any = None) -> None:
         memory, at = pointer.memory, pointer.at
