@@ -5,6 +5,7 @@ On a CPU its own operations take the PyTorch backend unless a test says otherwis
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import light
 import pytest
 import torch
 from paths import PATHS, Path_, outcome
@@ -33,6 +35,19 @@ def test_runner_and_scheduler_are_the_ones_meant(engine, wide: Tiny) -> None:
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     assert type(scheduler_of(llm)).__name__ == {"v2": "TwistScheduler", "v2-async": "TwistAsyncScheduler"}[RUNNER]
     assert type(worker_of(llm).model_runner.sampler).__name__ == "TwistSampler"
+
+
+def test_light_kernels_store_what_triton_says(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in the light interpreter, all of them, and its check sees one that stores something else."""
+    from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
+
+    generate(engine(wide), [prompt_of(5)], params(max_tokens=2, twist_particles=2))
+    assert {"_gather_block_tables_kernel", "_post_update_kernel"} < set(light.launches) and not light.left
+    monkeypatch.setattr(light, "launches", collections.Counter())
+    monkeypatch.setattr(light.language, "where", lambda condition, then, otherwise: then)
+    one = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(AssertionError, match="another outcome in Triton's interpreter"):
+        get_num_sampled_and_rejected(one.clone(), one, torch.arange(2, dtype=torch.int32), one - 1, one)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)

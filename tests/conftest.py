@@ -17,9 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import pytest
 import runners
-from elsewhere import Line
+from elsewhere import (  # noqa: F401
+    Line,
+    pytest_runtest_logfinish,
+    pytest_runtest_logreport,
+    pytest_runtest_logstart,
+)
 from tiny import Tiny, bigram_model, random_model
 
 ENGINE = dict(
@@ -35,18 +41,45 @@ ENGINE = dict(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Files that run in processes of their own when (nearly) everything runs: long, and without the session's engines.
+BESIDE = ("test_objectives.py", "test_kernels.py")
+EVERYTHING = 20  # files
+
+
+class Beside(pytest.Item):
+    """A test that runs in its file's own process."""
+
+    def runtest(self) -> None:
+        outcomes = self.session.line.outcomes(self.path.name)  # type: ignore[attr-defined]
+        name = elsewhere.test_name(self.nodeid)
+        failure = outcomes.get(name, f"It did not run. {self.session.line.said(self.path.name)}")  # type: ignore[attr-defined]
+        if failure.startswith("skipped: "):
+            pytest.skip(failure.removeprefix("skipped: "))
+        if failure:
+            pytest.fail(failure, pytrace=False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the files whose tests run elsewhere come last: until then their processes work beside the others."""
-    items.sort(key=lambda item: hasattr(item.module, "start_elsewhere"))  # type: ignore[attr-defined]
+    if len({item.path for item in items}) >= EVERYTHING and not config.getoption("usepdb"):
+        for i, item in enumerate(items):
+            if item.path.name in BESIDE:
+                items[i] = Beside.from_parent(item.parent, name=item.name)
+    items.sort(key=lambda item: isinstance(item, Beside) or hasattr(item.module, "start_elsewhere"))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def line(request: pytest.FixtureRequest, repo_root: Path) -> Iterator[Line]:
+def line(request: pytest.FixtureRequest, repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """Start the processes of the tests that run elsewhere."""
-    line = Line(repo_root)
-    for module in dict.fromkeys(item.module for item in request.session.items):  # type: ignore[attr-defined]
+    request.session.line = line = Line(repo_root)  # type: ignore[attr-defined]
+    items = request.session.items
+    for module in dict.fromkeys(item.module for item in items if isinstance(item, pytest.Function)):
         if hasattr(module, "start_elsewhere"):
             module.start_elsewhere(line, request)
+    for name in BESIDE:
+        if chosen := [item.nodeid for item in items if isinstance(item, Beside) and item.path.name == name]:
+            line.add_tests(name, chosen, {}, tmp_path_factory.mktemp(name.removesuffix(".py")))
     line.start()
     yield line
     line.stop()

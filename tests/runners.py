@@ -10,6 +10,8 @@ import dataclasses
 import os
 from typing import Any
 
+import light
+
 #: "v1", "v2" (synchronous scheduler) or "v2-async".
 RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -35,6 +37,7 @@ def emulate() -> None:
     # Nor are compiled kernels watched for integer overflow; ours are in their own tests. A seventh of the time.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    light.install()
 
 
 def keep_async() -> None:

@@ -46,6 +46,7 @@ TESTS = [
     "test_scoring.py::test_other_requests_go_on",
     "test_trace.py::test_trace_agrees_with_the_particles[1.0]",
     "cases_v2.py::test_runner_and_scheduler_are_the_ones_meant",
+    "cases_v2.py::test_light_kernels_store_what_triton_says",
     "cases_v2.py::test_same_as_model_runner_v1",
     "cases_v2.py::test_state_survives_a_preemption",
     "cases_v2.py::test_same_with_the_kernels",
@@ -69,7 +70,7 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:
             environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
-            line.add_tests(mode, chosen, environment, make_folder(mode))
+            line.add_tests(mode, chosen, environment, make_folder(mode), after="v1")
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,11 @@ def outcomes(line: Line) -> Callable[[str], dict[str, str]]:
 
 @pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], mode: str, test: str):
+def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], line: Line, mode: str, test: str):
+    assert line.exit_code("v1") == 0, line.said("v1")
     name = test.replace(".py::", ".")
     cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}
-    assert cases, "it did not run"
-    assert not any(cases.values()), "\n".join(f"{case}:\n{failure}" for case, failure in cases.items() if failure)
+    assert cases, f"It did not run. {line.said(mode)}"
+    failed = {case: failure for case, failure in cases.items() if failure}
+    assert not failed, "\n".join(f"{case}:\n{failure}" for case, failure in failed.items())
+    assert line.exit_code(mode) == any(outcomes(mode).values()), line.said(mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from tiny import Law, Tiny, enumerate_law
 
 from vllm_twist import TwistConfig, results
 from vllm_twist.engine.groups import Group
+from vllm_twist.engine.scheduler import IDLE_WAIT
 from vllm_twist.engine.scoring import Scorer
 
-SOURCE = """
-import threading, time
+#: Seconds after which a wait is a hang.
+HANG = 600.0
 
-gate = threading.Event()
+SOURCE = """
+import threading
+
+gate, entered, given_up = threading.Event(), threading.Event(), threading.Event()
 gate.set()
 mode = "phi"
 
@@ -35,7 +40,8 @@ def log_phi(token_ids, texts):
     if mode == "zero":
         return [float("-inf")] * len(token_ids)
     if mode == "hang":
-        time.sleep(3)
+        entered.set()
+        given_up.wait()
     return [0.9 * row.count(2) - 0.4 * len(row) for row in token_ids]
 """
 
@@ -47,16 +53,19 @@ def scored(engine: Any, small: Tiny, tmp_path_factory: pytest.TempPathFactory) -
 
     path = tmp_path_factory.mktemp("phi") / "gated.py"
     path.write_text(SOURCE)
-    llm = engine(small, twist_potential=f"{path}:log_phi", twist_potential_timeout=1.0)
+    llm = engine(small, twist_potential=f"{path}:log_phi", twist_potential_timeout=HANG)
     return llm, sys.modules["_vllm_twist_potential_gated"]
 
 
 @pytest.fixture
 def phi(scored: Any) -> Any:
     """Return the potential's module, as it was afterwards."""
+    scored[1].entered.clear()
+    scored[1].given_up.clear()
     yield scored[1]
     scored[1].mode = "phi"
     scored[1].gate.set()
+    scored[1].given_up.set()
 
 
 def target(small: Tiny, horizon: int) -> Law:
@@ -107,30 +116,52 @@ def step(engine: Any) -> list[Any]:
     return [output for output in engine.step() if output.finished]
 
 
-def test_other_requests_go_on(scored, phi):
-    """While phi is computed plain and twisted requests are served, and waiting for it costs few steps."""
+def test_other_requests_go_on(scored, phi, monkeypatch: pytest.MonkeyPatch):
+    """While phi is computed plain and twisted requests are served, and the engine only waits when there are none."""
     engine = scored[0].llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
+    waits, collect = [], scheduler.scorer.collect
+    monkeypatch.setattr(scheduler.scorer, "collect", lambda wait=0.0: waits.append(wait) or collect(wait))
     phi.gate.clear()
     engine.add_request("slow", {"prompt_token_ids": [0, 2]}, params())
     while not scheduler.scorer:
         assert not step(engine)
     assert scheduler.get_request_counts() == (0, 1) and scheduler.has_requests() and not scheduler.groups
     engine.add_request("plain", {"prompt_token_ids": [0, 2]}, params(twist=0))
-    finished = []
-    while not finished:
-        finished = step(engine)
-    assert [output.request_id for output in finished] == ["plain"] and scheduler.scorer
-    start, steps = time.monotonic(), 0
-    while time.monotonic() - start < 0.3:
+    while not (finished := step(engine)):
+        assert not any(waits), "phi holds another request up"
+    assert [output.request_id for output in finished] == ["plain"] and len(scheduler.scorer) == 1
+    engine.add_request("twisted", {"prompt_token_ids": [0, 2]}, params())
+    waits.clear()
+    while len(scheduler.scorer) == 1:
+        assert not step(engine) and not any(waits), "phi holds another group up"
+    for _ in range(5):
+        waits.clear()
         assert not step(engine)
-        steps += 1
-    assert steps <= 31, "the engine should sleep while there is nothing but phi to wait for"
+        assert max(waits) == IDLE_WAIT, "the engine should sleep while there is nothing but phi to wait for"
     phi.gate.set()
+    finished = []
     while engine.has_unfinished_requests():
         finished += step(engine)
-    assert [output.request_id for output in finished] == ["plain", "slow"]
+    assert [output.request_id for output in finished] == ["slow", "twisted"]
     assert not scheduler.has_requests()
+
+
+def test_collect_waits_for_the_first():
+    """Up to the time given, and not for the others; it comes back with what there is."""
+    gate, waits = threading.Event(), []
+    scorer = Scorer(lambda group: [1.0] if gate.wait() else [], HANG)
+    get = scorer._done.get
+
+    def waiting(timeout: float) -> Any:
+        waits.append(timeout)
+        gate.set()
+        return get(timeout=timeout)
+
+    scorer._done = type("Queue", (), {"get": staticmethod(waiting), "put": scorer._done.put})  # type: ignore[assignment]
+    scorer.submit(Named("a"))  # type: ignore[arg-type]
+    ((group, outcome),) = scorer.collect(HANG)
+    assert group.id == "a" and outcome == [1.0] and waits == [HANG]
 
 
 def test_abort_while_phi_is_computed(scored, phi):
@@ -153,10 +184,13 @@ def test_abort_while_phi_is_computed(scored, phi):
         ("nan", "must return numbers below .inf, got nan for output 0"),
         ("short", "must return 4 values, one per output, got 1"),
         ("zero", r"`twist_potential` gave all of its particles phi = 0, so that none can be drawn \(Z-hat is 0\)"),
-        ("hang", "`twist_potential` took more than `twist_potential_timeout`=1 seconds for one group: make it faster"),
+        ("hang", "`twist_potential` took more than `twist_potential_timeout`=600 seconds for one group: make it"),
     ],
 )
-def test_failures_end_their_request_alone(scored, phi, mode: str, message: str):
+def test_failures_end_their_request_alone(scored, phi, monkeypatch: pytest.MonkeyPatch, mode: str, message: str):
+    """The clock of the one that hangs stands still until it is being computed."""
+    scorer = scored[0].llm_engine.engine_core.engine_core.scheduler.scorer
+    monkeypatch.setattr(scorer, "clock", lambda: 2 * HANG * phi.entered.is_set())
     phi.mode = mode
     (output,) = run(scored[0], PROMPTS["below"], 1, particles=4, horizon=3)
     assert output.outputs[0].finish_reason == "error"
@@ -167,31 +201,45 @@ def test_failures_end_their_request_alone(scored, phi, mode: str, message: str):
     assert math.isfinite(results(output)[0].log_z)
 
 
+class Named:
+    """What a scorer needs of a group."""
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+
+
 def test_potentials_are_called_one_at_a_time():
-    """Also after a call was given up: then by another thread."""
-    inside, most, slow = 0, 0, [True]
+    """Also after a call was given up: then by another thread, and only the call given up may overlap with others."""
+    entered, release, now, inside, seen = threading.Event(), threading.Event(), [0.0], [], []
 
     def evaluate(group: Any) -> list[float]:
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        time.sleep(1.0 if slow and slow.pop() else 0.01)
-        inside -= 1
+        inside.append(group.id)
+        seen.append(tuple(inside))
+        if group.id == "0":
+            entered.set()
+            release.wait()
+        time.sleep(0.01)  # another thread's chance to come in
+        inside.remove(group.id)
         return [float(group.id)]
 
-    class Named:
-        def __init__(self, name: str) -> None:
-            self.id = name
-
-    scorer = Scorer(evaluate, timeout=0.3)
+    scorer = Scorer(evaluate, timeout=60.0, clock=lambda: now[0])
     for i in range(5):
         scorer.submit(Named(str(i)))  # type: ignore[arg-type]
+    assert entered.wait(HANG)
+    now[0] = 60.0
+    assert scorer.collect() == []
+    now[0] = 60.1
+    ((group, outcome),) = scorer.collect()
+    assert group.id == "0" and isinstance(outcome, TimeoutError)
     found: dict[str, Any] = {}
     while len(scorer):
-        found.update({group.id: outcome for group, outcome in scorer.collect(0.05)})
-    assert isinstance(found.pop("0"), TimeoutError)
+        found.update({group.id: outcome for group, outcome in scorer.collect(HANG)})
     assert found == {str(i): [float(i)] for i in range(1, 5)}
-    assert most == 2, "only the abandoned call may overlap with another"
+    assert seen == [("0",), *(("0", str(i)) for i in range(1, 5))]
+    release.set()
+    scorer.submit(Named("5"))  # type: ignore[arg-type]
+    ((group, outcome),) = scorer.collect(HANG)
+    assert group.id == "5" and outcome == [5.0]
     assert scorer.collect() == [] and scorer.cancel("0") is None
 
 

@@ -20,6 +20,8 @@ import pytest
 
 from vllm_twist import results
 
+#: Seconds after which a wait is a hang.
+HANG = 600
 MODEL = "models/tiny-reviews"
 HEAD = "models/tiny-reviews-positive"
 
@@ -46,13 +48,13 @@ def server(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         process = subprocess.Popen(command, cwd=repo_root, env=env, stdout=output, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(3 * HANG):
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=2)
+                urllib.request.urlopen(f"{address}/health", timeout=HANG)
                 break
             except OSError:
                 assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(0.5)
+                time.sleep(0.3)
         else:
             pytest.fail(f"the server did not come up: {log.read_text()[-4000:]}")
         yield address
@@ -66,16 +68,16 @@ def server(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=HANG)
 
 
 def metric(server: str, name: str) -> float:
-    text = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"{server}/metrics", timeout=HANG).read().decode()
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 
 def wait_until_idle(server: str) -> None:
-    for _ in range(100):
+    for _ in range(5 * HANG):
         running = metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting")
         if running == 0 and metric(server, "vllm:kv_cache_usage_perc") == 0:
             return
@@ -252,23 +254,27 @@ def test_broken_weights_are_an_error_that_says_so(client: openai.OpenAI, server:
 
 
 def test_disconnect_mid_way_frees_everything(client: openai.OpenAI, server: str):
-    """A client that leaves takes its lanes along; the next one is served."""
-    body = json.dumps({"model": MODEL, "prompt": "My daughter", "max_tokens": 200, "ignore_eos": True,
+    """A client that leaves takes its lanes along, and the groups that wait for theirs; the next one is served."""
+    body = json.dumps({"model": MODEL, "prompt": "My daughter", "max_tokens": 200, "ignore_eos": True, "n": 100,
                        "vllm_xargs": {"twist_particles": 32}}).encode()  # fmt: skip
     host, port = server.removeprefix("http://").split(":")
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
+    complete(client, n=2, max_tokens=1)
+    assert metric(server, "vllm:request_success_total") >= 2
+    finished = metric(server, "vllm:request_success_total")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
-        for _ in range(100):
+        for _ in range(50 * HANG):
             if metric(server, "vllm:num_requests_running") > 0:
                 break
             time.sleep(0.02)
         else:
             pytest.fail("the request never ran")
     wait_until_idle(server)
+    assert metric(server, "vllm:request_success_total") < finished + 100
     assert complete(client, seed=1).choices[0].text
 
 

@@ -53,9 +53,10 @@ class Scorer:
     stopped: its group gets a ``TimeoutError``, and a new thread takes over from the one it blocks.
     """
 
-    def __init__(self, evaluate: Evaluate, timeout: float) -> None:
+    def __init__(self, evaluate: Evaluate, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.evaluate = evaluate
         self.timeout = timeout
+        self.clock = clock
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[_Job, list[float] | Exception]] = queue.SimpleQueue()
         self._pending: dict[str, _Job] = {}
@@ -75,7 +76,7 @@ class Scorer:
                 return  # another thread has taken over
             if job.abandoned:
                 continue
-            job.started = time.monotonic()
+            job.started = self.clock()
             outcome: list[float] | Exception
             try:
                 outcome = self.evaluate(job.group)
@@ -115,7 +116,7 @@ class Scorer:
             if self._pending.get(job.group.id) is job:
                 del self._pending[job.group.id]
                 found.append((job.group, outcome))
-        now = time.monotonic()
+        now = self.clock()
         for job in list(self._pending.values()):
             if job.started is not None and now - job.started > self.timeout:
                 self.cancel(job.group.id)
