@@ -579,6 +579,56 @@ BAD_REQUESTS = [
 ]
 
 
+#: What becomes of every sampling parameter on a lane: "p0" shapes the model that is sampled; "end" ends particles;
+#: "group" is taken care of here; "client" concerns the answer alone, in the frontend; "engine" has no effect in an
+#: engine with a twist head; "own" is set by vLLM. Values are what is refused.
+PARAMETERS_OF_VLLM: dict[str, Any] = {
+    **dict.fromkeys(
+        ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+         "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "extra_args"], "p0"),
+    **dict.fromkeys(["max_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"], "end"),
+    **dict.fromkeys(["n", "seed", "logprobs", "skip_reading_prefix_cache"], "group"),
+    **dict.fromkeys(
+        ["detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval",
+         "flat_logprobs", "skip_clone"], "client"),
+    # Of options that `twist_head` refuses, and of prompt logprobs.
+    **dict.fromkeys(["watermarking", "routed_experts_prompt_start", "prompt_logprob_start"], "engine"),
+    **dict.fromkeys(
+        ["output_text_buffer_length", "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped",
+         "_bad_words_token_ids"], "own"),
+    "prompt_logprobs": [0, 1, -1],
+    "prompt_logprob_token_ids": [[[3]]],
+    "logprob_token_ids": [[3], []],
+    "thinking_token_budget": [0, 3],
+    "repetition_detection": [{"max_pattern_size": 2, "min_count": 2}],
+    "structured_outputs": [{"regex": "a*"}],
+    "trace_decode_token_ids": [[3]],
+}  # fmt: skip
+
+
+def test_every_sampling_parameter_is_decided_on():
+    """One that a later vLLM brings fails this, until somebody has decided what it means on a lane."""
+    from vllm import SamplingParams
+
+    assert set(PARAMETERS_OF_VLLM) == set(SamplingParams.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", [name for name, values in PARAMETERS_OF_VLLM.items() if isinstance(values, list)])
+def test_what_a_lane_cannot_honour_is_refused(name: str):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    from vllm_twist.engine.admission import _check_params
+
+    make = {"repetition_detection": RepetitionDetectionParams, "structured_outputs": StructuredOutputsParams}
+    _check_params(SamplingParams())
+    for value in PARAMETERS_OF_VLLM[name]:
+        value = make[name](**value) if name in make else value
+        value = torch.tensor(value).numpy() if name == "prompt_logprob_token_ids" else value
+        with pytest.raises(ValueError, match=f"`{name}` is not supported together with a twist, got"):
+            _check_params(SamplingParams(**{name: value}))
+
+
 @pytest.mark.parametrize("options, message", BAD_REQUESTS, ids=lambda value: str(value)[:40])
 def test_bad_requests(clean, wide: Tiny, options: dict[str, Any], message: str):
     llm = clean(wide)

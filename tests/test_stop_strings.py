@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runners import RUNNER
 from test_engine import generate, params, prompt_of, scheduler_of, worker_of
 from test_engine_exact import assert_samples_the_law, run, within
 from test_pinned import exact_samples, run_pinned
+from test_soak import totals as totals
 from tiny import Law, Tiny, enumerate_law, random_model
 
 from vllm_twist import results
@@ -91,13 +91,13 @@ CASES = [
     (4, 800, 1.0, {}),
     (4, 800, 0.7, {"include_stop_str_in_output": True}),
     (4, 800, 1.0, {"min_tokens": 2}),
-    (3, 800, 1.0, {"twist_proposal": "base", "n": 1}),
+    (3, 800, 1.0, {"twist_proposal": "base"}),
 ]
 
 
 @pytest.mark.parametrize("particles, groups, threshold, options", CASES)
 def test_target_ends_at_the_stop_string(
-    make, spelling: Tiny, particles: int, groups: int, threshold: float, options: dict[str, Any]
+    make, spelling: Tiny, totals: list[Any], particles: int, groups: int, threshold: float, options: dict[str, Any]
 ):
     """E[Z-hat] = Z and the weighted functionals, over sequences that end where their text first has the string."""
     options = {"particles": particles, "horizon": 4, "twist_ess_threshold": threshold, **options}
@@ -119,13 +119,13 @@ def test_the_check_sees_particles_that_run_on(make, spelling: Tiny, monkeypatch)
         assert_samples_the_law(outputs, law_of(spelling, 4), first=2)
 
 
-def test_forks_and_preemption_keep_the_text(make, spelling: Tiny):
-    """Long outputs with a fork at every token, in a cache of 12 blocks: the same as in one with room.
+def test_forks_and_preemption_keep_the_text(make, totals: list[Any]):
+    """Long outputs with a fork at every token, in a cache of 12 blocks and in one with room.
 
-    The stop string is rare enough for particles to grow, and is seen after a fork whatever its parts came from.
+    A stop string is seen after a fork whatever its parts came from.
     """
     options = {
-        "max_tokens": 30, "stop": ["aaba", "bbbba"], "detokenize": True, "ignore_eos": True, "twist_particles": 5,
+        "max_tokens": 30, "stop": ["babab", "bbbbb"], "detokenize": True, "ignore_eos": True, "twist_particles": 5,
         "logit_bias": {0: -100, 1: -100}, **EVERY_STEP,
     }  # fmt: skip
     requests = [params(seed=seed, **options) for seed in range(4)]
@@ -135,18 +135,18 @@ def test_forks_and_preemption_keep_the_text(make, spelling: Tiny):
         patch.setattr(
             type(scheduler_of(tight)), "_park", lambda self, group: (parked.append(group.id), park(self, group))
         )
-        squeezed = generate(tight, [PROMPT * 5] * 4, requests)
+        squeezed = generate(tight, [PROMPT * 10] * 4, requests)
     assert parked
-    ended = 0
-    for output in [*squeezed, *generate(roomy, [PROMPT * 5] * 4, requests)]:
+    lengths = set()
+    for output in [*squeezed, *generate(roomy, [PROMPT * 10] * 4, requests)]:
         for particle in results(output)[0].particles:
             text = text_of(particle.token_ids)
             before = text_of(particle.token_ids[:-1])
             assert not any(stop in before for stop in options["stop"])
             assert particle.finished == any(stop in text for stop in options["stop"])
             assert particle.finished or len(particle.token_ids) == 30
-            ended += particle.finished
-    assert 0 < ended < 40
+            lengths.add(len(particle.token_ids))
+    assert len(lengths) > 5
     assert not worker_of(tight).twist.table.slots.keys() - scheduler_of(tight).finished_req_ids
 
 
@@ -206,7 +206,7 @@ def test_pinned_past_a_stop_string_is_refused(make, pinned: list[int], message: 
 
 
 def test_no_tokenizer_no_stop_string(engine, wide: Tiny):
-    with pytest.raises(ValueError, match=r"`stop` needs the model's tokenizer, got \['ab'\] in an engine that has none"):
+    with pytest.raises(ValueError, match=r"`stop` needs the model's tokenizer, got \['ab'\] in an engine"):
         generate(engine(wide), [prompt_of(5)], params(stop=STOP, detokenize=True, twist_particles=2))
     (output,) = generate(engine(wide), [prompt_of(5)], params(stop=STOP, detokenize=True, twist=0))
     assert output.finished
@@ -219,4 +219,3 @@ def test_bad_words(make, spelling: Tiny):
         assert not any(3 in particle.token_ids for particle in results(output)[0].particles)
 
 
-assert RUNNER

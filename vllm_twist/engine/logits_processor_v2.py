@@ -22,8 +22,9 @@ class TwistLogitsProcessorV2(LogitsProcessor):
     """Seat the lanes in their request slots as requests enter the batch.
 
     The logits pass through, but for a constant per row where the temperature is low: temperature, min-p, top-k and
-    top-p come after the processors and belong to p0, so the twist meets the logits where the token is drawn (``sampler_v2``), which
-    also saves two passes over the vocabulary: one to write the choice into the logits, one to find it there.
+    top-p come after the processors and belong to p0, so the twist meets the logits where the token is drawn
+    (``sampler_v2``), which also saves two passes over the vocabulary: one to write the choice into the logits, one to
+    find it there.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
