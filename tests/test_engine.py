@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runners import fewer
-from tiny import Tiny
+from tiny import Tiny, penalised, truncated
 
 from vllm_twist import results
 from vllm_twist.engine import lanes
@@ -181,10 +181,19 @@ def test_n_is_independent_groups(clean, wide: Tiny):
         assert completion.token_ids == group.particles[group.chosen].token_ids
 
 
-def test_logprobs_follow_the_lineage(clean, wide: Tiny):
-    """logprobs=k are p0's (here at temperature 0.8), along the drawn particle's own history."""
+LOGPROBS_MODES = ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+
+
+def with_logprobs(make: Any, tiny: Tiny, mode: str) -> Any:
+    """Return an engine with this ``logprobs_mode``; the usual one has vLLM's default."""
+    return make(tiny) if mode == LOGPROBS_MODES[0] else make(tiny, logprobs_mode=mode)
+
+
+@pytest.mark.parametrize("mode", LOGPROBS_MODES)
+def test_logprobs_follow_the_lineage(clean, wide: Tiny, mode: str):
+    """logprobs=k are the model's or p0's (here at temperature 0.8), along the drawn particle's own history."""
     (output,) = generate(
-        clean(wide),
+        with_logprobs(clean, wide, mode),
         [prompt_of(20)],
         params(max_tokens=50, ignore_eos=True, temperature=0.8, logprobs=3, seed=8, twist_particles=8, **EVERY_STEP),
     )
@@ -192,7 +201,10 @@ def test_logprobs_follow_the_lineage(clean, wide: Tiny):
     assert len(completion.logprobs) == 50
     with torch.no_grad():
         logits = wide.model(torch.tensor([prompt + completion.token_ids])).logits[0]
-    expected = (logits[len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+    expected = logits[len(prompt) - 1 : -1] / (0.8 if mode.startswith("processed") else 1.0)
+    p0 = (logits[len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+    if mode.endswith("logprobs"):
+        expected = expected.log_softmax(-1)
     for row, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         best = expected[row].topk(3).indices.tolist()
         assert set(entry) == {token, *best}
@@ -200,8 +212,98 @@ def test_logprobs_follow_the_lineage(clean, wide: Tiny):
             assert value.logprob == pytest.approx(expected[row, candidate].item(), abs=2e-4)
         assert entry[token].rank == (expected[row] > expected[row, token] + 1e-6).sum() + 1
     group = results(output)[0]
-    total = sum(entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True))
-    assert total == pytest.approx(group.particles[group.chosen].log_prob, abs=1e-3)
+    log_prob = group.particles[group.chosen].log_prob
+    assert log_prob == pytest.approx(p0.gather(1, torch.tensor(completion.token_ids)[:, None]).sum().item(), abs=1e-3)
+    if mode == "processed_logprobs":
+        total = sum(entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True))
+        assert total == pytest.approx(log_prob, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", LOGPROBS_MODES)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"temperature": 0.1, "frequency_penalty": 0.5, "top_k": 9, "logit_bias": {5: 2}}]
+)
+def test_logprobs_are_those_of_a_plain_request(clean, wide: Tiny, mode: str, options: dict[str, Any]):
+    """A particle held to a plain request's tokens has its logprobs, ranks and all, in every mode."""
+    llm = with_logprobs(clean, wide, mode)
+    common = {"max_tokens": 6, "ignore_eos": True, "logprobs": 12, "seed": 1, **options}
+    (plain,) = generate(llm, [prompt_of(9)], params(twist=0, **common))
+    held = {"twist_pinned": list(plain.outputs[0].token_ids), "twist_particles": 1}
+    # Beside a plain one, and alone.
+    for others in ([], [params(twist=0, **common)]):
+        output = generate(llm, [prompt_of(9)] * (1 + len(others)), [params(**common, **held), *others])[0]
+        for mine, theirs in zip(output.outputs[0].logprobs, plain.outputs[0].logprobs, strict=True):
+            # Which of the forbidden tokens come last among the likely ones is anybody's guess.
+            ranked = [{t: x for t, x in entry.items() if x.logprob > -math.inf} for entry in (mine, theirs)]
+            assert ranked[0].keys() == ranked[1].keys()
+            for token, value in ranked[0].items():
+                assert value.logprob == pytest.approx(theirs[token].logprob, abs=2e-4)
+                assert value.rank == theirs[token].rank
+
+
+def test_top_k_of_some(clean, wide: Tiny):
+    """Groups with top_k, without, and with one beyond the vocabulary share a batch; each is what it is alone."""
+    llm = clean(wide)
+    requests = [
+        params(max_tokens=6, ignore_eos=True, seed=i, twist_particles=3, **options, **EVERY_STEP)
+        for i, options in enumerate([{"top_k": 5}, {}, {"top_k": wide.vocab + 60}, {"top_k": -1, "top_p": 0.7}])
+    ]
+    prompts = [prompt_of(9)] * len(requests)
+    together = generate(llm, prompts, requests)
+    for request, output in zip(requests, together, strict=True):
+        (alone,) = generate(llm, [prompt_of(9)], request)
+        assert [p.token_ids for p in results(output)[0].particles] == [p.token_ids for p in results(alone)[0].particles]
+    assert results(together[1])[0].particles != results(together[0])[0].particles
+
+
+def test_more_logprobs_than_tokens(clean, small: Tiny):
+    """All there are come back."""
+    request = params(max_tokens=3, ignore_eos=True, logprobs=small.vocab + 3, twist_particles=2)
+    (output,) = generate(clean(small), [[0, 2]], request)
+    assert [set(entry) for entry in output.outputs[0].logprobs] == [set(range(small.vocab))] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.2])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.99}, {"repetition_penalty": 1.3}], ids=str)
+def test_low_temperatures_keep_the_weights(
+    engine, wide: Tiny, monkeypatch, temperature: float, options: dict[str, Any]
+):
+    """With logits up to 40, of thousands after the temperature, log weights are right to 1e-4 nats a step.
+
+    Against float64, from the logits that the temperature divides.
+    """
+    llm = engine(wide)
+    readout, seen = worker_of(llm).readout, []
+    compute, head = readout.compute_logits, readout.head
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        logits = compute(hidden)
+        # A handful of tokens within a few temperatures of the best.
+        logits = 40 - logits.argsort(-1).argsort(-1) * temperature * 0.37 - logits.sigmoid() * temperature
+        seen.append([logits[-1:].clone(), None])
+        return logits
+
+    def log_psi_of(hidden: torch.Tensor, **given: Any) -> torch.Tensor:
+        seen[-1][1] = head(hidden, **given)
+        return seen[-1][1]
+
+    log_psi_of.config = head.config  # type: ignore[attr-defined]
+    monkeypatch.setattr(readout, "compute_logits", logits_of)
+    monkeypatch.setattr(readout, "head", log_psi_of)
+    n = 6
+    options = {"ignore_eos": True, "seed": 1, "twist_particles": 1, "twist_trace": 1, **EVERY_STEP, **options}
+    (output,) = generate(llm, [prompt_of(5)], params(max_tokens=n, temperature=temperature, **options))
+    (particle,) = results(output)[0].particles
+    steps = [(logits, log_psi.double()) for logits, log_psi in seen if log_psi is not None]
+    assert len(steps) == n
+    before, log_w, history = 0.0, 0.0, ()
+    for (logits, log_psi), token, step in zip(steps, particle.token_ids, results(output)[0].trace, strict=True):
+        penalty = options.get("repetition_penalty", 1.0)
+        logits = penalised(logits[0], prompt_of(5), history, penalty, 0.0, 0.0)[None]
+        log_p = truncated(logits, temperature=temperature, top_p=options.get("top_p", 1.0))
+        gain = (log_p + log_psi).logsumexp(-1).item() - before
+        assert step.log_w[0] - log_w == pytest.approx(gain, abs=1e-4)
+        before, log_w, history = log_psi[0, token].item(), step.log_w[0], (*history, token)
 
 
 def test_plain_requests_among_twisted_ones(clean, wide: Tiny):
@@ -475,6 +577,56 @@ BAD_REQUESTS = [
     ({"temperature": 0.0}, r"`temperature` must be above 0 with a twist, got 0.0"),
     ({"prompt_logprobs": 1}, r"`prompt_logprobs` is not supported together with a twist"),
 ]
+
+
+#: What becomes of every sampling parameter on a lane: "p0" shapes the model that is sampled; "end" ends particles;
+#: "group" is taken care of here; "client" concerns the answer alone, in the frontend; "engine" has no effect in an
+#: engine with a twist head; "own" is set by vLLM. Values are what is refused.
+PARAMETERS_OF_VLLM: dict[str, Any] = {
+    **dict.fromkeys(
+        ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+         "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "extra_args"], "p0"),
+    **dict.fromkeys(["max_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"], "end"),
+    **dict.fromkeys(["n", "seed", "logprobs", "skip_reading_prefix_cache"], "group"),
+    **dict.fromkeys(
+        ["detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval",
+         "flat_logprobs", "skip_clone"], "client"),
+    # Of options that `twist_head` refuses, and of prompt logprobs.
+    **dict.fromkeys(["watermarking", "routed_experts_prompt_start", "prompt_logprob_start"], "engine"),
+    **dict.fromkeys(
+        ["output_text_buffer_length", "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped",
+         "_bad_words_token_ids"], "own"),
+    "prompt_logprobs": [0, 1, -1],
+    "prompt_logprob_token_ids": [[[3]]],
+    "logprob_token_ids": [[3], []],
+    "thinking_token_budget": [0, 3],
+    "repetition_detection": [{"max_pattern_size": 2, "min_count": 2}],
+    "structured_outputs": [{"regex": "a*"}],
+    "trace_decode_token_ids": [[3]],
+}  # fmt: skip
+
+
+def test_every_sampling_parameter_is_decided_on():
+    """One that a later vLLM brings fails this, until somebody has decided what it means on a lane."""
+    from vllm import SamplingParams
+
+    assert set(PARAMETERS_OF_VLLM) == set(SamplingParams.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", [name for name, values in PARAMETERS_OF_VLLM.items() if isinstance(values, list)])
+def test_what_a_lane_cannot_honour_is_refused(name: str):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    from vllm_twist.engine.admission import _check_params
+
+    make = {"repetition_detection": RepetitionDetectionParams, "structured_outputs": StructuredOutputsParams}
+    _check_params(SamplingParams())
+    for value in PARAMETERS_OF_VLLM[name]:
+        value = make[name](**value) if name in make else value
+        value = torch.tensor(value).numpy() if name == "prompt_logprob_token_ids" else value
+        with pytest.raises(ValueError, match=f"`{name}` is not supported together with a twist, got"):
+            _check_params(SamplingParams(**{name: value}))
 
 
 @pytest.mark.parametrize("options, message", BAD_REQUESTS, ids=lambda value: str(value)[:40])

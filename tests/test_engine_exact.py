@@ -28,7 +28,7 @@ def run(llm: Any, prompt: list[int], groups: int, *, particles: int, horizon: in
     extra = {"twist_particles": particles, "twist_return_particles": True}
     extra.update({key: options.pop(key) for key in list(options) if key.startswith("twist")})
     params = [
-        SamplingParams(max_tokens=horizon, seed=seed, detokenize=False, extra_args=extra, **options)
+        SamplingParams(**{"max_tokens": horizon, "seed": seed, "detokenize": False, "extra_args": extra, **options})
         for seed in range(groups)
     ]
     return llm.generate([{"prompt_token_ids": prompt}] * groups, params, use_tqdm=False)

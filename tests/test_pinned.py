@@ -33,7 +33,8 @@ def run_pinned(llm: Any, prompt: list[int], pinned: list[list[int]], *, horizon:
     extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
     params = [
         SamplingParams(
-            max_tokens=horizon, seed=seed, detokenize=False, extra_args={**extra, "twist_pinned": tokens}, **options
+            **{"max_tokens": horizon, "seed": seed, "detokenize": False, **options},
+            extra_args={**extra, "twist_pinned": tokens},
         )
         for seed, tokens in enumerate(pinned)
     ]

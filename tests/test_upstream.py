@@ -52,8 +52,9 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 OVERRIDDEN = [
     *((TwistSchedulerMixin, Scheduler, name) for name in (
         "add_request", "schedule", "update_from_output", "finish_requests", "reset_prefix_cache",
-        "get_request_counts", "has_finished_requests",
+        "get_request_counts", "has_finished_requests", "_update_request_with_output",
     )),
+    (TwistSchedulerMixin, AsyncScheduler, "_update_request_with_output"),
     *((TwistWorkerMixin, base, name) for base in (Worker, CPUWorker) for name in (
         "load_model", "execute_model", "sample_tokens",
     )),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,10 @@ def enumerate_law(
     allowed: list[int] | None = None,
     min_tokens: int = 0,
     penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    ended: Callable[[tuple[int, ...]], bool] = lambda sequence: False,
     **truncation: Any,
 ) -> Law:
-    """Enumerate every sequence that ends with a token of ``ends`` (EOS) or has ``horizon`` tokens.
+    """Enumerate every sequence that ends with a token of ``ends`` (EOS), as ``ended`` says, or has ``horizon`` tokens.
 
     ``penalties`` are repetition, presence and frequency.
     """
@@ -224,7 +226,7 @@ def enumerate_law(
                 if value == -torch.inf:
                     continue
                 sequence = (*prefix, token)
-                if token in ends or step == horizon:
+                if token in ends or step == horizon or ended(sequence):
                     log_p[sequence] = value
                     log_target[sequence] = value + scale * log_psi[row, token].item()
                 else:

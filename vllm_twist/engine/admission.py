@@ -7,9 +7,11 @@ import dataclasses
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_twist.config import PREFIX, TwistConfig
 from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
+from vllm_twist.engine.stop_strings import detector_for
 from vllm_twist.kernels.ops import MAX_LANES
 from vllm_twist.twist import TwistHeadConfig, check_fits
 
@@ -141,7 +143,8 @@ def neutral_params(params: Any, extra_args: dict[str, Any], truncated: bool) -> 
 
     The token is drawn with the group's own noise, and logprobs follow the particle's lineage, so the
     engine's sampler must do neither. Top-k and top-p belong to p0; ``truncated`` says that the sampler
-    applies them before the twist, else they are the lane's own business.
+    applies them before the twist, else they are the lane's own business. The request's own ``extra_args``, all
+    but the twist's, are for other logits processors, which belong to p0.
     """
     lane = copy.copy(params)
     # Cached by vLLM; it depends on the seed.
@@ -152,16 +155,21 @@ def neutral_params(params: Any, extra_args: dict[str, Any], truncated: bool) -> 
         lane.top_k = 0
         lane.top_p = 1.0
     lane.logprobs = None
-    lane.extra_args = extra_args
+    own = {key: value for key, value in (params.extra_args or {}).items() if not key.startswith(PREFIX)}
+    lane.extra_args = {**own, **extra_args}
     return lane
 
 
-def check_pinned(pinned: tuple[int, ...], params: Any, max_tokens: int, vocab_size: int) -> None:
+def check_pinned(
+    pinned: tuple[int, ...], params: Any, max_tokens: int, vocab_size: int, detector: Any = None
+) -> None:
     """Refuse a continuation that the engine could not have drawn.
+
+    ``detector`` looks for stop strings, where there are any (``stop_strings``).
 
     Raises:
         ValueError: it leaves the vocabulary, is longer than ``max_tokens``, goes on after a token
-            that ends it, or ends where nothing ends it.
+            or a stop string that ends it, or ends where nothing ends it.
     """
     name = f"`{PREFIX}_pinned`"
     ends = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
@@ -181,7 +189,18 @@ def check_pinned(pinned: tuple[int, ...], params: Any, max_tokens: int, vocab_si
             f"{name} must end with the first token that ends an output ({stops}), got {pinned[early[0]]} at index "
             f"{early[0]} of {len(pinned)}: cut it after that token."
         )
-    if len(pinned) < max_tokens and pinned[-1] not in ends:
+    ended = pinned[-1] in ends
+    for i, token in enumerate(pinned if detector is not None else ()):
+        found = detector.update([token], token in ends)
+        ended = ended or found is not None
+        if found is not None and i < len(pinned) - 1:
+            raise ValueError(
+                f"{name} must end where its text first contains a stop string, got {found!r} at index {i} of "
+                f"{len(pinned)}: cut it after that token."
+            )
+    if detector is not None:
+        stops = f"{stops}; or a stop string"
+    if len(pinned) < max_tokens and not ended:
         raise ValueError(
             f"{name} must end with a token that ends an output ({stops}) or have `max_tokens`={max_tokens} tokens, "
             f"got {len(pinned)} tokens ending with {pinned[-1]}: append the terminating token, or lower `max_tokens` "
@@ -282,8 +301,9 @@ def admit(vllm_config: Any, request: Any) -> None:
             num_blocks=cache.num_gpu_blocks // engines - 1,
             share_prompt=prompt_len <= shared_again(vllm_config, params),
         )
+        detector = detector_for(cached_tokenizer_from_config(model), request) if params.stop else None
         if settings.pinned is not None:
-            check_pinned(settings.pinned, params, length - prompt_len, model.get_vocab_size())
+            check_pinned(settings.pinned, params, length - prompt_len, model.get_vocab_size(), detector)
     except ValueError as error:
         raise TwistValidationError(str(error)) from error
     # The request's own seed beside: vLLM counts it up for the second of its n groups, and so on.

@@ -57,6 +57,7 @@ class Lane:
         log_psi: log psi of its last token.
         logprobs: per token (token ids, logprobs, rank) where the request asked for logprobs.
         finish_reason, stop_reason: as vLLM reports them, once the particle has ended.
+        detector: follows its text, where the request has stop strings (``stop_strings``).
     """
 
     request: Any
@@ -67,6 +68,7 @@ class Lane:
     finish_reason: Any = None
     stop_reason: int | str | None = None
     stopped: bool = False
+    detector: Any = None
 
     @property
     def live(self) -> bool:

@@ -20,6 +20,9 @@ LANE_KEY = "twist_lane"
 CONDITION_KEY = "twist_condition_of"
 #: Tokens for which the keys of their random numbers are made at once.
 KEYS_AHEAD = 32
+#: Temperatures below which logits lose their row's maximum before they are divided: of logits of thousands float32
+#: has three decimals.
+COLD = 0.2
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class LaneSpec:
     Under Model Runner V1 ``top_k`` and ``top_p``, which belong to p0, are applied here, before the
     twist, instead of by vLLM's sampler, which would apply them after it. Under V2 that sampler
     applies them first, and the temperature is divided out here where it can be (``inverse_temperature``).
+    ``temperature`` is the request's, whoever divides by it.
 
     ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
     ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
@@ -55,6 +59,7 @@ class LaneSpec:
     pinned: tuple[int, ...] | None = None
     condition: bytes | None = None
     inverse_temperature: float = 1.0
+    temperature: float = 1.0
     particles: int = 1
     left: float = -math.inf
     num_resamplings: int = 0
@@ -92,6 +97,8 @@ class TwistStep:
     num_resamplings: list[int] | None = None
     conditions: dict[str, bytes] = field(default_factory=dict)
     logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
+    #: Why lanes cannot go on, by lane.
+    failures: dict[str, str] = field(default_factory=dict)
 
     def forks(self) -> list[tuple[str, str]]:
         """Return (child, parent) for every lane that was replaced."""
@@ -107,18 +114,30 @@ def _is_low(ess: float, threshold: float, live: int) -> bool:
     return ess == ess and (threshold >= 1 or ess < threshold * live)
 
 
-def lineage_logprobs(log_p: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (token ids, log p0, rank) of the drawn token and the ``most`` likely ones, drawn first.
+def centre(logits: Tensor, rows: Tensor) -> Tensor:
+    """Take its maximum off each of the rows [R] of ``logits`` [N, V], in place, and return them, [R, 1].
+
+    That changes no law, but keeps the log-sums of small temperatures small, and so exact. Maxima that are not finite
+    are left, and 0 is returned for them.
+    """
+    peak = logits[rows].amax(-1, keepdim=True)
+    peak = torch.where(torch.isfinite(peak), peak, 0.0)
+    logits[rows] -= peak
+    return peak
+
+
+def lineage_logprobs(scores: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (token ids, scores, rank) of the drawn token and the ``most`` likely ones, drawn first.
 
     Args:
-        log_p: log p0 of the ancestors' rows [N, V].
+        scores: logits or log-probabilities of the ancestors' rows [N, V].
         token: drawn from them, [N].
     """
     drawn = token[:, None]
-    drawn_log_p = log_p.gather(1, drawn)
-    top = log_p.topk(min(most, log_p.shape[-1]), dim=-1)
-    ids, values = torch.cat([drawn, top.indices], dim=1), torch.cat([drawn_log_p, top.values], dim=1)
-    return ids, values, (log_p >= drawn_log_p).sum(-1)
+    drawn_score = scores.gather(1, drawn)
+    top = scores.topk(min(most, scores.shape[-1]), dim=-1)
+    ids, values = torch.cat([drawn, top.indices], dim=1), torch.cat([drawn_score, top.values], dim=1)
+    return ids, values, (scores >= drawn_score).sum(-1)
 
 
 class _Layout:
@@ -217,7 +236,7 @@ class LaneTable:
 
     A lane keeps its slot, and so its weight, while it is out of the batch (held or preempted);
     ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does; ``compile`` has the passes over
-    the vocabulary compiled.
+    the vocabulary compiled; ``logprobs_mode`` is the engine's.
     """
 
     def __init__(
@@ -225,9 +244,11 @@ class LaneTable:
         device: torch.device,
         truncate: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
         compile: bool = False,
+        logprobs_mode: str = "processed_logprobs",
     ) -> None:
         self.device = device
         self.truncate = truncate
+        self.logprobs_mode = logprobs_mode
         self.passes: Any = compiled if compile else reference
         self.slots: dict[str, int] = {}
         self.group_sizes: dict[str, int] = {}
@@ -307,7 +328,15 @@ class LaneTable:
         return self._lay_out(rows, specs).conditions
 
     @torch.inference_mode()
-    def step(self, logits: Tensor, rows: list[int], specs: list[LaneSpec], log_psi: Tensor) -> TwistStep:
+    def step(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        specs: list[LaneSpec],
+        log_psi: Tensor,
+        raw: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> TwistStep:
         """Weigh, resample, then sample one token for every lane in the batch.
 
             log_w += log Z^pi_t - log psi_{t-1}          (Zhao et al. 2024, Prop. 3.3)
@@ -325,6 +354,8 @@ class LaneTable:
             rows: row of each lane, [L].
             specs: the lanes' settings, aligned with ``rows``.
             log_psi: log psi_t(prefix, .) of every next token, [L, V].
+            raw: logits [W, V] as the model gave them, of the lanes that ask for logprobs, if the mode is a raw one.
+            offsets: what has been taken off every row of ``logits``, [N]; None is nothing.
 
         Returns:
             what the scheduler has to mirror.
@@ -332,7 +363,8 @@ class LaneTable:
         layout = self._lay_out(rows, specs)
         # Rows are sorted: if there are no others, they are the whole batch.
         base = logits if len(rows) == len(logits) else logits[layout.rows]
-        base = self.truncate(base, layout.top_k, layout.top_p)
+        top_k = None if layout.top_k is None else layout.top_k.clamp(max=base.shape[-1])
+        base = self.truncate(base, top_k, layout.top_p)
         log_psi = log_psi.to(torch.float32)
         if layout.scaled:
             log_psi = log_psi * layout.scale
@@ -382,7 +414,7 @@ class LaneTable:
         for group, fired in zip(layout.groups.values(), resampled, strict=True):
             for i in group:
                 flags[i] = fired
-        logprobs = self._logprobs(specs, base, lse0, ancestors, token)
+        logprobs = self._logprobs(specs, base, lse0, ancestors, token, raw, None if offsets is None else offsets[rows])
         self._drawn = token if len(rows) == len(logits) else None
         if self._drawn is None:
             logits[layout.rows] = float("-inf")
@@ -436,15 +468,30 @@ class LaneTable:
         return drawn
 
     def _logprobs(
-        self, specs: list[LaneSpec], base: Tensor, lse0: Tensor, ancestors: Tensor, token: Tensor
+        self,
+        specs: list[LaneSpec],
+        base: Tensor,
+        lse0: Tensor,
+        ancestors: Tensor,
+        token: Tensor,
+        raw: Tensor | None,
+        offsets: Tensor | None,
     ) -> dict[str, tuple[list[int], list[float], int]]:
-        """Return (token ids, log p0, rank) of the drawn token and the top ones, where asked for."""
+        """Return (token ids, logprobs of the engine's mode, rank) of the drawn token and the top ones, if wanted."""
         wanted = {i: spec.num_logprobs for i, spec in enumerate(specs) if spec.num_logprobs is not None}
         if not wanted:
             return {}
         index = torch.tensor(list(wanted), device=self.device)
-        log_p = base[ancestors[index]] - lse0[ancestors[index], None]
-        ids, values, ranks = (x.tolist() for x in lineage_logprobs(log_p, token[index], max(wanted.values())))
+        parents, mode = ancestors[index], self.logprobs_mode
+        if raw is not None:
+            # Those of the wanted lanes alone, and so of their ancestors: a group wants them all or none.
+            scores = raw[torch.searchsorted(index, parents)]
+            scores = scores.log_softmax(-1) if mode == "raw_logprobs" else scores
+        elif mode == "processed_logits":
+            scores = base[parents] if offsets is None else base[parents] + offsets[parents, None]
+        else:
+            scores = base[parents] - lse0[parents, None]
+        ids, values, ranks = (x.tolist() for x in lineage_logprobs(scores, token[index], max(wanted.values())))
         return {
             specs[i].lane_id: (ids[j][: count + 1], values[j][: count + 1], ranks[j])
             for j, (i, count) in enumerate(wanted.items())

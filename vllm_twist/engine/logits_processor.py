@@ -11,8 +11,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
 
-from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, LaneTable, TwistStep
+from vllm_twist.engine.lanes import COLD, CONDITION_KEY, LANE_KEY, LaneSpec, LaneTable, TwistStep, centre
 
 
 def _lane_spec(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> LaneSpec | None:
@@ -35,7 +36,8 @@ class TwistLogitsProcessor(LogitsProcessor):
         compilation = vllm_config.compilation_config
         # As vLLM compiles the model on a CPU; a GPU has kernels.
         compiles = compilation.mode != CompilationMode.NONE and compilation.backend == "inductor"
-        self.table = LaneTable(device, apply_top_k_top_p, compile=compiles and device.type == "cpu")
+        mode = vllm_config.model_config.logprobs_mode
+        self.table = LaneTable(device, apply_top_k_top_p, compiles and device.type == "cpu", mode)
         self.specs: dict[int, LaneSpec] = {}
         self.rows: list[int] = []
         self.found: list[int] = []
@@ -43,6 +45,11 @@ class TwistLogitsProcessor(LogitsProcessor):
         self.log_psi_of: Callable[[Tensor | None], Tensor] | None = None
         self.is_partial: Callable[[int], bool] = lambda row: False
         self.last_step: TwistStep | None = None
+        #: The model's logits of the lanes that ask for logprobs, where these are the raw ones.
+        self.raw: Tensor | None = None
+        self.cold: list[int] = []
+        self.offsets: Tensor | None = None
+        self.sampling = False
 
     def is_argmax_invariant(self) -> bool:
         """Ask to run after temperature, penalties and min-p, which all belong to p0.
@@ -56,6 +63,7 @@ class TwistLogitsProcessor(LogitsProcessor):
             self.rows = sorted(self.specs)
             for spec in self.specs.values():
                 self.table.add(spec)
+            self.cold = [row for row in self.rows if self.specs[row].temperature < COLD]
         process_dict_updates(self.conditions, batch_update, _condition_id)
 
     def find_lanes(self) -> list[int]:
@@ -67,12 +75,28 @@ class TwistLogitsProcessor(LogitsProcessor):
         """Return the ids, by row, of the requests of that batch whose last hidden state is a condition."""
         return {row: name for row, name in self.conditions.items() if not self.is_partial(row)}
 
+    def begin(self, logits: Tensor | None) -> None:
+        """Keep what is needed of a batch's logits before anything is done to them; None is a trial run."""
+        self.raw = self.offsets = None
+        self.sampling = logits is not None
+        if logits is not None and self.table.logprobs_mode.startswith("raw"):
+            rows = [row for row in self.found if self.specs[row].num_logprobs is not None]
+            self.raw = logits[rows].to(torch.float32) if rows else None
+
+    def temper(self, logits: Tensor, temperature: Tensor, all_random: bool) -> Tensor:
+        """Divide by the temperature, in place, as vLLM's sampler does, after the low ones' rows are centred."""
+        if self.sampling and self.cold:
+            rows = torch.tensor(self.cold, device=logits.device)
+            peak = centre(logits, rows)[:, 0]
+            self.offsets = logits.new_zeros(len(logits)).index_copy_(0, rows, peak / temperature[rows])
+        return Sampler.apply_temperature(logits, temperature, all_random)
+
     def apply(self, logits: Tensor) -> Tensor:
         self.last_step = None
         if self.found and self.log_psi_of is not None:
             specs = [self.specs[row] for row in self.found]
             log_psi = self.log_psi_of(self.table.conditions(self.found, specs))
-            self.last_step = self.table.step(logits, self.found, specs, log_psi)
+            self.last_step = self.table.step(logits, self.found, specs, log_psi, self.raw, self.offsets)
         return logits
 
     def take_step(self) -> TwistStep | None:

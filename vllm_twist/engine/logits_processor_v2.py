@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY
+from vllm_twist.engine.lanes import COLD, CONDITION_KEY, LANE_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 class TwistLogitsProcessorV2(LogitsProcessor):
     """Seat the lanes in their request slots as requests enter the batch.
 
-    The logits pass through untouched: temperature, min-p, top-k and top-p come after the processors and
-    belong to p0, so the twist meets the logits where the token is drawn (``sampler_v2``), which also saves
-    two passes over the vocabulary: one to write the choice into the logits, one to find it there.
+    The logits pass through, but for a constant per row where the temperature is low: temperature, min-p, top-k and
+    top-p come after the processors and belong to p0, so the twist meets the logits where the token is drawn
+    (``sampler_v2``), which also saves two passes over the vocabulary: one to write the choice into the logits, one to
+    find it there.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         # Here, not above: the frontend imports this module as well.
         from vllm_twist.engine.slots import SlotTable
 
-        self.table = SlotTable(req_states.max_num_reqs, req_states.device)
+        mode = vllm_config.model_config.logprobs_mode
+        self.table = SlotTable(req_states.max_num_reqs, req_states.device, logprobs_mode=mode)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         extra = sampling_params.extra_args or {}
@@ -39,10 +41,12 @@ class TwistLogitsProcessorV2(LogitsProcessor):
         if spec is not None:
             eos = sampling_params.eos_token_id
             self.table.add(req_idx, spec, [*(sampling_params.stop_token_ids or ()), *(() if eos is None else (eos,))])
-        return False
+        return spec is not None and spec.temperature < COLD
 
     def apply_staged_writes(self) -> None:
         self.table.flush()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        # The last processor: what follows, from the temperature on, does not see a constant.
+        self.table.centre_cold(logits, ctx.idx_mapping_np)
         return logits

@@ -10,6 +10,7 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_twist.engine.lanes import TwistStep
 from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+from vllm_twist.engine.processors import ForksV1, failure
 from vllm_twist.engine.readout import Readout, Rows
 from vllm_twist.engine.sampler_v1 import LaneSampler
 from vllm_twist.twist import TwistHead
@@ -27,10 +28,19 @@ class RunnerV1:
         #: Whether the logits of the step under way are yet to be made.
         self.due = False
         self.condition_ids: list[str] = []
+        rows = runner.input_batch.max_num_reqs
+        self.forks = ForksV1(runner.input_batch.logitsprocs.all, rows, runner.input_batch.vocab_size)
         sampler = runner.sampler
         sampler.topk_topp_sampler = LaneSampler(self.table, sampler.topk_topp_sampler)
+        sampler.register_forward_pre_hook(self._before_sampler, with_kwargs=True)
+        sampler.apply_temperature = self.processor.temper
         self.processor.log_psi_of = self.readout.log_psi
         self.processor.is_partial = lambda row: bool(runner.discard_request_mask.np[row])
+
+    def _before_sampler(self, sampler: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        # Trial runs come with metadata of their own.
+        here = kwargs["sampling_metadata"].logitsprocs is self.runner.input_batch.logitsprocs
+        self.processor.begin(kwargs["logits"] if here else None)
 
     def _find(self) -> tuple[Rows, Rows] | None:
         if not self.due:
@@ -44,6 +54,23 @@ class RunnerV1:
         if len(rows) == self.runner.input_batch.num_reqs:
             return slice(None)
         return torch.tensor(rows, device=self.table.device) if rows else None
+
+    def _fork_processors(self, pairs: list[tuple[str, str]]) -> dict[str, str]:
+        """Let the state of custom processors follow; return why it could not, by child."""
+        failures: dict[str, str] = {}
+        if not self.forks.processors:
+            return failures
+        requests, row = self.runner.requests, self.runner.input_batch.req_id_to_index
+        for child_id, parent_id in pairs:
+            child, parent = requests[child_id], requests[parent_id]
+            own: dict[int, Any] = {id(parent.output_token_ids): child.output_token_ids}
+            if parent.prompt_token_ids is not None:
+                own[id(parent.prompt_token_ids)] = child.prompt_token_ids
+            try:
+                self.forks(row[child_id], row[parent_id], own)
+            except Exception as error:  # whatever a user's objects raise ends their request alone
+                failures[child_id] = failure(error)
+        return failures
 
     def begin(self, scheduler_output: Any) -> None:
         """Free the state of lanes that are no more."""
@@ -66,6 +93,7 @@ class RunnerV1:
             forks = step.forks()
             if forks:
                 fork(self.runner, forks)
+                step.failures = self._fork_processors(forks)
             # The one field for a runner's own data; unused unless vLLM's auxiliary outputs are on.
             output.aux_output_connector_output = step
         return output

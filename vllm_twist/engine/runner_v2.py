@@ -8,6 +8,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_twist.engine.fork_v2 import Fork
 from vllm_twist.engine.logits_processor_v2 import TwistLogitsProcessorV2
+from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout, Rows
 from vllm_twist.engine.sampler_v2 import StepOutputs, TwistSampler
 from vllm_twist.twist import TwistHead
@@ -23,7 +24,10 @@ class RunnerV2:
         self.readout = Readout(runner.get_model(), head, self._find)
         #: Whether the logits of the step under way are yet to be made.
         self.due = False
-        self.sampler = runner.sampler = TwistSampler(runner.sampler, self.table, self.readout)
+        forks = ForksV2(
+            runner.sampler.logits_processors, runner.req_states, self.table.num_slots, head.config.vocab_size
+        )
+        self.sampler = runner.sampler = TwistSampler(runner.sampler, self.table, self.readout, forks)
         runner.aux_output_connector = StepOutputs(self.sampler, reports=get_tp_group().is_first_rank)
 
     def _find(self) -> tuple[Rows, Rows] | None:
@@ -39,8 +43,8 @@ class RunnerV2:
         """Forget lanes that are no more, before the runner gives their slots away."""
         if self.sampler.fork is None and hasattr(self.runner, "kv_caches"):
             self.sampler.fork = Fork(self.runner, self.table.backend)
-        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        self.table.remove(sorted(gone))
+        self.table.remove(sorted(scheduler_output.finished_req_ids), ended=True)
+        self.table.remove(sorted(scheduler_output.preempted_req_ids or ()))
 
     def before_sampling(self) -> None:
         """Find the lanes of the batch that has just been run, before its logits are made."""

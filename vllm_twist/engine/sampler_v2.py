@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twist.engine.fork_v2 import Fork
 from vllm_twist.engine.lanes import TwistStep
+from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout
 from vllm_twist.engine.slots import Draw, LaneRows, SlotTable
 from vllm_twist.kernels import ops
@@ -29,13 +30,15 @@ class TwistSampler(Sampler):
     every row. Plain rows are then drawn by vLLM, from logits that nothing here has written to.
     """
 
-    def __init__(self, sampler: Sampler, table: SlotTable, readout: Readout) -> None:
+    def __init__(self, sampler: Sampler, table: SlotTable, readout: Readout, fork_processors: ForksV2) -> None:
         # Takes over the sampler that the runner has built, with all its state.
         self.__dict__.update(vars(sampler))
-        self.table, self.readout = table, readout
+        self.table, self.readout, self.fork_processors = table, readout, fork_processors
         self.fork: Fork | None = None
         self.found: LaneRows | None = None
         self.drawn: Draw | None = None
+        #: The logits of the step under way, as the model gave them.
+        self.raw: Tensor | None = None
         #: Rows whose hidden states are conditions [C], and the same on the host.
         self.conditions: Tensor | None = None
         self.conditions_np: np.ndarray = np.empty(0, dtype=np.int64)
@@ -54,10 +57,13 @@ class TwistSampler(Sampler):
         if self.fork is None:
             self.found = self.drawn = None
             self._rehearse(logits)
+        self.raw = logits
         output = super().__call__(logits, input_batch)
+        self.raw = None
         if self.drawn is not None and self.table.forks:
             assert self.found is not None and self.fork is not None, "lanes before the KV cache was set up"
             self.fork(self.found, self.drawn.ancestors, input_batch.seq_lens)
+            self.fork_processors(self.found.slots, self.drawn.ancestors)
         return output
 
     def _rehearse(self, logits: Tensor) -> None:
@@ -91,7 +97,7 @@ class TwistSampler(Sampler):
             )
         processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
         log_psi = self.readout.twist(self.table.conditions_of(found), self.table.backend)
-        self.drawn = self.table.step(processed_logits, found, log_psi)
+        self.drawn = self.table.step(processed_logits, found, log_psi, self.raw)
         if found.rows is None:
             return self.drawn.token, processed_logits
         sampled = torch.empty_like(expanded_idx_mapping, dtype=torch.int64)

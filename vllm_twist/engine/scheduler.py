@@ -23,6 +23,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
+from vllm_twist.engine import stop_strings
 from vllm_twist.engine.admission import (
     GROUP_KEY,
     check_pinned,
@@ -101,8 +102,10 @@ class TwistSchedulerMixin(_Base):
         self.seeds = random.Random(f"groups {self.vllm_config.model_config.seed} {rank}")
         config = read_config(self.vllm_config)
         if config.potential is not None:
-            tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
-            self.scorer = Scorer(read_potential(config.potential, tokenizer), config.potential_timeout)
+            self.scorer = Scorer(read_potential(config.potential, self._tokenizer()), config.potential_timeout)
+
+    def _tokenizer(self) -> Any:
+        return cached_tokenizer_from_config(self.vllm_config.model_config)
 
     # ---- entering -------------------------------------------------------------------------
 
@@ -144,15 +147,17 @@ class TwistSchedulerMixin(_Base):
                 share_prompt=request.num_prompt_tokens <= shared_again(self.vllm_config, request.sampling_params),
             )
             request.max_tokens = group.last_position = length - request.num_prompt_tokens
+            detector = stop_strings.detector_for(self._tokenizer(), request) if request.sampling_params.stop else None
             if settings.pinned is not None:
                 vocab_size = self.vllm_config.model_config.get_vocab_size()
-                check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size)
+                text = stop_strings.fork(detector)
+                check_pinned(settings.pinned, request.sampling_params, group.last_position, vocab_size, text)
         except ValueError as error:
             # Refused at the frontend already, unless its view of the cache was too rosy.
             self.ready.append(self._failure(group, str(error)))
             return
         request.sampling_params = self._leader_params(group, request.sampling_params)
-        group.lanes[group.id] = Lane(request)
+        group.lanes[group.id] = Lane(request, detector=detector)
         self.groups[group.id] = group
         self.requests[group.id] = request
         if settings.condition is None:
@@ -209,6 +214,7 @@ class TwistSchedulerMixin(_Base):
             top_p=1.0 if v2 else params.top_p,
             num_logprobs=self._num_logprobs(params),
             inverse_temperature=1 / params.temperature if v2 and whole else 1.0,
+            temperature=params.temperature,
         )
         neutral = neutral_params(params, {LANE_KEY: spec}, truncated=v2)
         if v2 and whole:
@@ -440,6 +446,11 @@ class TwistSchedulerMixin(_Base):
     def _hold_lanes_ahead(self) -> None:
         """Keep lanes that are a token ahead of their group out of the next batch; so is a leader before its fork."""
         for group in self._active_groups():
+            if any(lane.detector and lane.request.num_output_placeholders for lane in group.live_lanes()):
+                # Whether its text ends is known when the token is: until then nobody goes on.
+                for lane in group.live_lanes():
+                    lane.request.next_decode_eligible_step = self.current_step + 2
+                continue
             lengths = [_length(lane.request) for lane in group.live_lanes()]
             slowest = min(lengths) if group.forked else group.leader.num_prompt_tokens
             if max(lengths) == slowest:
@@ -490,9 +501,10 @@ class TwistSchedulerMixin(_Base):
             lanes = touched[child].lanes
             self._fork(lanes[child].request, lanes[parent].request)
             lanes[child].logprobs = list(history[parent])
+            lanes[child].detector = stop_strings.fork(lanes[parent].detector)
         resampled: dict[str, Group] = {}
         #: Why groups fail, by id: the first reason found, for a group can have several.
-        failed: dict[str, str] = {}
+        failed = {group.id: why for lane_id, why in step.failures.items() if (group := touched.get(lane_id))}
         for i, lane_id in enumerate(step.lane_ids):
             group = touched.get(lane_id)
             if group is None:
@@ -511,7 +523,7 @@ class TwistSchedulerMixin(_Base):
                 position = lane.request.num_output_tokens + 1
                 group.record(index[lane_id], position, ancestor, lane.log_w, step.resampled[i])
             if math.isnan(lane.log_w) or lane.log_w == math.inf:
-                failed[group.id] = GONE_WRONG
+                failed.setdefault(group.id, GONE_WRONG)
         for group in resampled.values():
             group.num_resamplings += 1
         for group in {group.id: group for group in touched.values()}.values():
@@ -580,13 +592,26 @@ class TwistSchedulerMixin(_Base):
                 tables.req_to_blocks[lane_id] = blocks
                 if leader.request_id in tables.num_cached_block:
                     tables.num_cached_block[lane_id] = min(full, tables.num_cached_block[leader.request_id])
-            group.lanes[lane_id] = Lane(request)
+            group.lanes[lane_id] = Lane(request, detector=stop_strings.fork(group.lanes[group.id].detector))
             group.entering = True
             self.group_of[lane_id] = group
             self.requests[lane_id] = request
             self._enqueue_waiting_request(request)
 
     # ---- leaving --------------------------------------------------------------------------
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        """End a particle also where its text first contains a stop string."""
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
+        group = self.group_of.get(request.request_id)
+        detector = None if group is None else group.lanes[request.request_id].detector
+        if detector is not None:
+            found = detector.update(new_token_ids, request.status == RequestStatus.FINISHED_STOPPED)
+            if found is not None:
+                request.status, request.stop_reason, stopped = RequestStatus.FINISHED_STOPPED, found, True
+        return new_token_ids, stopped
 
     def _collect(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Withhold the lanes' outputs; emit a group's one output when its last particle ends."""
@@ -640,6 +665,8 @@ class TwistSchedulerMixin(_Base):
     def _finish_group(self, group: Group) -> None:
         index = group.draw()
         lane = list(group.lanes.values())[index]
+        # vLLM looks for stop strings in the frontend, but not in the last token of an output that "stop" ends.
+        by_string = lane.detector is not None and isinstance(lane.stop_reason, str)
         self.ready.append(
             (
                 group.leader.client_index,
@@ -647,7 +674,7 @@ class TwistSchedulerMixin(_Base):
                     request_id=group.id,
                     new_token_ids=list(lane.request.output_token_ids),
                     new_logprobs=_stack_logprobs(lane.logprobs),
-                    finish_reason=lane.finish_reason,
+                    finish_reason=FinishReason.LENGTH if by_string else lane.finish_reason,
                     stop_reason=lane.stop_reason,
                     kv_transfer_params={RESULT_KEY: [group.result(index)]},
                     prefill_stats=group.prefill_stats,

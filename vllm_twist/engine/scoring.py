@@ -17,15 +17,23 @@ Evaluate = Callable[[Group], list[float]]
 
 
 def evaluation(potential: Potential, tokenizer: Any) -> Evaluate:
-    """Return what computes log phi of a group's particles; texts are empty in an engine without a tokenizer."""
+    """Return what computes log phi of a group's particles; texts are empty in an engine without a tokenizer.
+
+    Where the request has stop strings they are the texts that a client would get, cut at these.
+    """
 
     def text(token_ids: list[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def evaluate(group: Group) -> list[float]:
-        outputs = [list(lane.request.output_token_ids) for lane in group.lanes.values()]
+        lanes = list(group.lanes.values())
+        outputs = [list(lane.request.output_token_ids) for lane in lanes]
+        texts = [
+            text(output) if lane.detector is None else lane.detector.output_text
+            for lane, output in zip(lanes, outputs, strict=True)
+        ]
         prompt = list(group.leader.prompt_token_ids)
-        return potential.given(prompt, text(prompt))(outputs, [text(output) for output in outputs])
+        return potential.given(prompt, text(prompt))(outputs, texts)
 
     return evaluate
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_twist.engine.lanes import LaneSpec, conditions_of, lineage_logprobs
+from vllm_twist.engine.lanes import COLD, LaneSpec, centre, conditions_of, lineage_logprobs
 from vllm_twist.kernels import ops, reference
 
 NO_LOGPROBS = -1
@@ -78,11 +78,18 @@ class SlotTable:
     ``add`` and ``remove`` note on the host what has changed, ``flush`` sends it to the device.
     """
 
-    def __init__(self, num_slots: int, device: torch.device, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        device: torch.device,
+        backend: str = "auto",
+        logprobs_mode: str = "processed_logprobs",
+    ) -> None:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
 
         self.device, self.backend, self.num_slots = device, backend, num_slots
+        self.logprobs_mode = logprobs_mode
         self.lanes = reference.Lanes(
             log_w=zeros(torch.float64),
             log_p=zeros(torch.float64),
@@ -95,6 +102,8 @@ class SlotTable:
         )
         self.inverse_temperature, self.scale = zeros(torch.float32), zeros(torch.float32)
         self.base_proposal = zeros(torch.bool)
+        #: What has been taken off the logits of lanes of low temperature, after it.
+        self.offsets = zeros(torch.float32)
         #: None while no lane is pinned.
         self.pins: Pins | None = None
         #: What a conditional head reads beside the prefix, float32 [slots, H]; None before the first such lane.
@@ -130,6 +139,7 @@ class SlotTable:
         self._from_base = np.zeros(num_slots, dtype=bool)
         self._held = np.zeros(num_slots, dtype=bool)
         self._pinned = np.zeros(num_slots, dtype=bool)
+        self._temperature = np.ones(num_slots, dtype=np.float32)
         self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
         #: Continuations of the pinned lanes by slot, on the device, int32; whether ``pins`` has yet to follow.
         self._continuations: dict[int, Tensor] = {}
@@ -137,7 +147,7 @@ class SlotTable:
         self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
         #: Groups that began or came back, and slots of those of their lanes that have left since the last flush.
         self._entered: dict[int, LaneSpec] = {}
-        self._left: dict[int, list[int]] = {}
+        self._left: dict[int, list[tuple[int, bool]]] = {}
         self._changed = False
 
     # ---- coming and going -----------------------------------------------------------------
@@ -166,12 +176,16 @@ class SlotTable:
         if spec.pinned is not None:
             self._continuations[slot] = self._upload(spec.pinned, torch.int32)
             self._repin = True
+        self._temperature[slot] = spec.temperature
         self._num_logprobs[slot] = NO_LOGPROBS if spec.num_logprobs is None else spec.num_logprobs
         self._staged[slot] = spec, sorted(set(stops))
         self._changed = True
 
-    def remove(self, lane_ids: Iterable[str]) -> None:
-        """Forget lanes whose requests have left the runner; others are ignored."""
+    def remove(self, lane_ids: Iterable[str], ended: bool = False) -> None:
+        """Forget lanes whose requests have left the runner; others are ignored.
+
+        ``ended`` says that the scheduler has ended them: a stop string is not seen on the device.
+        """
         for lane_id in lane_ids:
             slot = self.slots.pop(lane_id, None)
             if slot is None:
@@ -181,7 +195,7 @@ class SlotTable:
             self._members[row, index] = -1
             self._present[row] -= 1
             self._sizes[row] -= 1
-            self._left.setdefault(row, []).append(slot)
+            self._left.setdefault(row, []).append((slot, ended))
             if not self._present[row]:
                 del self._group_rows[group_id], self._left[row]
                 self._entered.pop(row, None)
@@ -210,10 +224,13 @@ class SlotTable:
     def _take_leave(self) -> None:
         """Keep the weights of particles that have ended, whose slots others may take now."""
         most = max(map(len, self._left.values()))
-        slots = self._upload([gone + [-1] * (most - len(gone)) for gone in self._left.values()], torch.int64)
+        gone = [left + [(-1, False)] * (most - len(left)) for left in self._left.values()]
+        slots = self._upload([[slot for slot, _ in left] for left in gone], torch.int64)
+        ended = self._upload([[by_host for _, by_host in left] for left in gone], torch.bool)
         rows = self._upload(list(self._left), torch.int64)
         at = slots.clamp(min=0)
-        weights = torch.where((slots >= 0) & self.lanes.ended[at], self.lanes.log_w[at], float("-inf"))
+        ended = (slots >= 0) & (ended | self.lanes.ended[at])
+        weights = torch.where(ended, self.lanes.log_w[at], float("-inf"))
         before = self.totals.left[rows, None]
         self.totals.left.index_copy_(0, rows, torch.logsumexp(torch.cat([before, weights], 1), -1))
         self._left.clear()
@@ -245,6 +262,7 @@ class SlotTable:
             write(getattr(self.lanes, name), [getattr(spec, name) for spec in specs])
         write(self.lanes.last, [spec.last_position for spec in specs])
         write(self.lanes.ended, [False] * len(specs))
+        write(self.offsets, [0.0] * len(specs))
         write(self.lanes.keys, keys.numpy())
         write(self.lanes.stops, stops)
         write(self.scale, [spec.scale for spec in specs])
@@ -311,13 +329,27 @@ class SlotTable:
         return None if self.conditions is None else self.conditions[found.slots]
 
     @torch.inference_mode()
-    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank) -> Draw:
+    def centre_cold(self, logits: Tensor, slots_np: np.ndarray) -> None:
+        """Take its maximum off each row of a lane of low temperature, given the slots of all rows."""
+        rows_np = np.flatnonzero(self.is_lane[slots_np] & (self._temperature[slots_np] < COLD))
+        if not len(rows_np):
+            return
+        slots_np = slots_np[rows_np]
+        peak = centre(logits, self._upload(rows_np, torch.int64))[:, 0]
+        temperature = self._upload(self._temperature[slots_np], torch.float32)
+        self.offsets.index_copy_(0, self._upload(slots_np, torch.int64), peak.float() / temperature)
+
+    @torch.inference_mode()
+    def step(
+        self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank, raw: Tensor | None = None
+    ) -> Draw:
         """Weigh, resample, then sample one token for every lane in the batch (Zhao et al. 2024, Prop. 3.3).
 
         Args:
             logits: [N, V] of the whole batch, as p0 is drawn from but for the lanes' own temperatures.
             found: the lanes in it.
             log_psi: log psi of every next token, [L, V] or in factors.
+            raw: the batch's logits as the model gave them, for logprobs of a raw mode.
         """
         rows, slots, where = found.rows, found.slots, found.slots_np
         beta = self.inverse_temperature[slots] if self._tempered[where].any() else None
@@ -360,11 +392,20 @@ class SlotTable:
         logprobs = None
         if len(wanted):
             index = self._upload(wanted, torch.int64)
-            parents = ancestors[index]
-            log_p0 = logits[parents if rows is None else rows[parents]].float()
-            if beta is not None:
-                log_p0 = log_p0 * beta[parents, None]
-            logprobs = lineage_logprobs(log_p0 - lse0[parents, None], token[index], int(counts.max()))
+            parents, mode = ancestors[index], self.logprobs_mode
+            given = raw if mode.startswith("raw") and raw is not None else logits
+            scores = given[parents if rows is None else rows[parents]].float()
+            if mode.startswith("processed") and beta is not None:
+                scores = scores * beta[parents, None]
+            if mode == "processed_logits":
+                scores = scores + self.offsets[slots[parents], None]
+            # Ranks are those of the logits, as vLLM has them.
+            ids, values, ranks = lineage_logprobs(scores, token[index], int(counts.max()))
+            if mode == "processed_logprobs":
+                values = values - lse0[parents, None]
+            elif mode == "raw_logprobs":
+                values = values - scores.logsumexp(-1, keepdim=True)
+            logprobs = ids, values, ranks
         return Draw(token, ancestors, report, wanted, logprobs)
 
     @staticmethod
