@@ -42,7 +42,7 @@ def server(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         str(Path(sys.executable).parent / "vllm"), "serve", MODEL, "--twist-head", HEAD, "--twist-particles", "8",
         "--twist-ess-threshold", "0.5", "--twist-resampling", "systematic", "--twist-scale", "1.0",
         "--enforce-eager", "--max-num-seqs", "32", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port),
-        "--kv-cache-memory-bytes", str(2**26),
+        "--kv-cache-memory-bytes", str(2**26), "--enable-scale-out",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=repo_root, env=env, stdout=output, stderr=subprocess.STDOUT)
@@ -187,6 +187,18 @@ def test_bad_input_is_http_400(client: openai.OpenAI, options: dict[str, Any], m
     assert message in str(caught.value)
 
 
+def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Return status and answer of a request to an endpoint that the client may not know."""
+    url = str(client.base_url).removesuffix("v1/") + path
+    data = json.dumps({"model": MODEL, **body}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
 CHAT = {"messages": [{"role": "user", "content": "This blender"}], "max_tokens": 8}
 
 
@@ -203,19 +215,8 @@ CHAT = {"messages": [{"role": "user", "content": "This blender"}], "max_tokens":
 )
 def test_keys_beside_vllm_xargs_are_refused(client: openai.OpenAI, path: str, body: dict[str, Any]):
     """They would be passed over in silence; without them the request is served."""
-    url = str(client.base_url).removesuffix("v1/") + path
-
-    def post(**more: Any) -> tuple[int, Any]:
-        data = json.dumps({"model": MODEL, **body, **more}).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    assert post()[0] == 200
-    status, answer = post(twist_particles=4)
+    assert post(client, path, body)[0] == 200
+    status, answer = post(client, path, {**body, "twist_particles": 4})
     assert status == 400
     message = answer["error"]["message"]
     assert '`twist_particles` must be sent in `vllm_xargs`, got it beside: send "vllm_xargs": {"twist_' in message
@@ -237,6 +238,13 @@ def test_beam_search_is_plain(client: openai.OpenAI, temperature: int):
     assert [choice.text for choice in search(twist=0).choices] == [choice.text for choice in response.choices]
     with pytest.raises(openai.BadRequestError, match="`twist_particles` is not supported together with `use_beam_sea"):
         search(twist_particles=4)
+
+
+def test_scores_of_labels_are_plain(client: openai.OpenAI):
+    """They are made of requests for logprobs of given tokens, which cannot be twisted nor told not to be."""
+    body = {"query": "This is", "items": ["good", "bad"], "label_token_ids": [5, 6]}
+    status, answer = post(client, "generative_scoring", body)
+    assert status == 200 and [0 < entry["score"] < 1 for entry in answer["data"]] == [True, True], answer
 
 
 def test_structured_outputs_are_refused(client: openai.OpenAI):
