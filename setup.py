@@ -32,6 +32,7 @@ setup(
         "plot": ["matplotlib"],
         "test": [
             "pytest==9.2.0",
+            "hypothesis==6.170.17",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "scipy",

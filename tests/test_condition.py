@@ -162,3 +162,24 @@ def test_head_of_the_other_kind_is_refused(engine, conditional: Tiny, small: Tin
     worker.load_twist_head(str(tmp_path))
     assert torch.equal(worker.readout.head.weight, other.weight)
     worker.readout.head = before
+
+
+def test_prompt_logprobs_beside_a_condition(engine, conditional: Tiny) -> None:
+    """vLLM reads a prompt's hidden states out after the step's own, which must not take the condition along."""
+    core, scheduler = engine(conditional).llm_engine, scheduler_of(engine(conditional))
+    prompt, condition, outputs = [3, 2, 0, 2], [2, 3, 3], {}
+    twisted = params(max_tokens=4, seed=1, twist_particles=4, twist_condition=condition, **EVERY_STEP)
+    core.add_request("twisted", {"prompt_token_ids": PROMPTS["below"]}, twisted)
+    core.add_request("plain", {"prompt_token_ids": prompt}, params(max_tokens=2, twist=0, prompt_logprobs=2))
+    for _ in range(50):
+        outputs.update({output.request_id: output for output in core.step() if output.finished})
+        if not core.has_unfinished_requests():
+            break
+    assert set(outputs) == {"twisted", "plain"} and not scheduler.reading
+    for particle in results(outputs["twisted"])[0].particles:
+        prefix, last = [PROMPTS["below"] + particle.token_ids[:-1]], particle.token_ids[-1]
+        expected = conditional.logits_and_log_psi(prefix, condition)[1][0, last].item()
+        assert particle.log_psi == pytest.approx(expected, abs=2e-4)
+    expected_log_p = conditional.log_p([prompt])[0]
+    for row, (token, entry) in enumerate(zip(prompt[1:], outputs["plain"].prompt_logprobs[1:], strict=True)):
+        assert entry[token].logprob == pytest.approx(expected_log_p[row, token].item(), abs=2e-4)

@@ -164,6 +164,27 @@ def test_collect_waits_for_the_first():
     assert group.id == "a" and outcome == [1.0] and waits == [HANG]
 
 
+@pytest.mark.parametrize("state", ["PAUSED_NEW", "PAUSED_ALL"])
+def test_pause_while_phi_is_computed(scored, phi, state: str):
+    """An engine that pauses has work until phi is known, and answers the group without being resumed."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = scored[0].llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    phi.gate.clear()
+    engine.add_request("paused", {"prompt_token_ids": [0, 2]}, params())
+    while not scheduler.scorer:
+        engine.step()
+    scheduler.set_pause_state(PauseState[state])
+    assert not step(engine) and scheduler.has_requests()
+    phi.gate.set()
+    finished = []
+    while scheduler.has_requests():
+        finished += step(engine)
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert [output.request_id for output in finished] == ["paused"] and results(finished[0])
+
+
 def test_abort_while_phi_is_computed(scored, phi):
     engine = scored[0].llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
