@@ -41,8 +41,8 @@ ENGINE = dict(
 )
 
 
-#: Files that run in processes of their own when (nearly) everything runs: long, and without the session's engines.
-BESIDE = ("test_objectives.py", "test_kernels.py")
+#: Files that run in processes of their own when (nearly) everything runs, the longest first: they share no engines.
+BESIDE = ("test_training.py", "test_soak.py", "test_kernels.py", "test_server.py", "test_objectives.py")
 EVERYTHING = 20  # files
 
 

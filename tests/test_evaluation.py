@@ -233,7 +233,7 @@ def test_command(repo_root: Path, tmp_path: Path) -> None:
     args += ["--samples", "20", "--json", str(tmp_path / "out/eval.json"), "--plot", str(tmp_path / "out/eval.png")]
     engine = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26, "max_model_len": 128}
     command = [sys.executable, "-m", "vllm_twist.cli", "eval", *args, "--engine-args", json.dumps(engine)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     printed = done.stdout
     assert "'I bought this'" in printed and "'The battery'" in printed and "lower bound" in printed

@@ -65,7 +65,7 @@ def parallel(wide: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
                 sys.executable, script, wide.path, wide.head_path, json.dumps(prompts), json.dumps(options),
                 Path(__file__).parent, str(max_tokens),
             ],
-            capture_output=True, text=True, env=env, timeout=300,
+            capture_output=True, text=True, env=env, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         line = next(line for line in done.stdout.splitlines() if "RESULT" in line)

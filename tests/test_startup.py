@@ -345,7 +345,7 @@ def sample(tiny: Tiny, preamble: str = "", plugins: str | None = None, **options
     script = SAMPLE.format(preamble=preamble)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny.path), json.dumps(options)],
-        capture_output=True, text=True, env=env, timeout=300,
+        capture_output=True, text=True, env=env, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))

@@ -407,7 +407,7 @@ def test_processes_are_one_with_more_prompts(small: Tiny, tmp_path: Path, repo_r
     environment = {**os.environ, "PYTHONPATH": str(repo_root / "tests"), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run([*launch, script, small.path, tmp_path / "two"], check=True, env=environment, timeout=300)
+    subprocess.run([*launch, script, small.path, tmp_path / "two"], check=True, env=environment, timeout=900)
     one = make(small, particles=16, updates=4, prompts_per_update=2)
     one.train([*PROMPTS, (2,)], tmp_path / "one")
     two = TwistHead.from_pretrained(tmp_path / "two").state_dict()
@@ -703,7 +703,7 @@ def at_home(small: Tiny, tmp_path_factory: pytest.TempPathFactory, repo_root: Pa
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(
         [sys.executable, str(script), str(small.path), str(small.head_path)],
-        cwd=repo_root, env={**environment, "PYTHONPATH": str(repo_root)}, capture_output=True, text=True, timeout=300,
+        cwd=repo_root, env={**environment, "PYTHONPATH": str(repo_root)}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert "again" in found, done.stderr[-3000:]
