@@ -82,6 +82,16 @@ def test_draw_is_called_as_vllm_calls_its_own(name: str):
     assert parameters(LaneSampler.forward) == parameters(getattr(TopKTopPSampler, name))
 
 
+def test_temperature_is_divided_as_vllm_divides_it():
+    from vllm.v1.sample.sampler import Sampler as SamplerV1
+
+    def names(function: Any) -> list[str]:
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+
+    assert names(TwistLogitsProcessor.temper) == names(SamplerV1.apply_temperature)
+    assert "self.apply_temperature(" in inspect.getsource(SamplerV1.sample)
+
+
 def test_every_override_is_listed():
     """A method that shares its name with the base but is missing above would drift unseen."""
     listed = {(ours, name) for ours, _, name in OVERRIDDEN} | {(TwistSchedulerMixin, "__init__")}

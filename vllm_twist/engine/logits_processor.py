@@ -83,13 +83,13 @@ class TwistLogitsProcessor(LogitsProcessor):
             rows = [row for row in self.found if self.specs[row].num_logprobs is not None]
             self.raw = logits[rows].to(torch.float32) if rows else None
 
-    def temper(self, logits: Tensor, temperature: Tensor, all_random: bool) -> Tensor:
+    def temper(self, logits: Tensor, temp: Tensor, all_random: bool) -> Tensor:
         """Divide by the temperature, in place, as vLLM's sampler does, after the low ones' rows are centred."""
         if self.sampling and self.cold:
             rows = torch.tensor(self.cold, device=logits.device)
             peak = centre(logits, rows)[:, 0]
-            self.offsets = logits.new_zeros(len(logits)).index_copy_(0, rows, peak / temperature[rows])
-        return Sampler.apply_temperature(logits, temperature, all_random)
+            self.offsets = logits.new_zeros(len(logits)).index_copy_(0, rows, peak / temp[rows])
+        return Sampler.apply_temperature(logits, temp, all_random)
 
     def apply(self, logits: Tensor) -> Tensor:
         self.last_step = None

@@ -29,7 +29,7 @@ def evaluation(potential: Potential, tokenizer: Any) -> Evaluate:
         lanes = list(group.lanes.values())
         outputs = [list(lane.request.output_token_ids) for lane in lanes]
         texts = [
-            text(output) if lane.detector is None else lane.detector.output_text
+            text(output) if getattr(lane, "detector", None) is None else lane.detector.output_text
             for lane, output in zip(lanes, outputs, strict=True)
         ]
         prompt = list(group.leader.prompt_token_ids)
