@@ -58,7 +58,8 @@ def training_draws() -> Iterator[list[str]]:
         if row["side"] in names:
             own = engine[row["sequences"], row["max_tokens"]]
             assert own["hardware"] == row["hardware"] and own["date"] == row["date"], "sides of two runs"
-            what = f"draws for training against {names[row['side']]}: {row['sequences']} sequences, T = {row['max_tokens']}"
+            size = f"{row['sequences']} sequences, T = {row['max_tokens']}"
+            what = f"draws for training against {names[row['side']]}: {size}"
             ratio = f"{float(row['engine_over_side_twisted']):.2f}"
             yield [what, rate(row, "twisted"), rate(own, "twisted"), ratio, machine(row)]
 
