@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
 
 #: "v1", "v2" (synchronous scheduler) or "v2-async".
 RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
+#: Major and minor version of the installed vLLM.
+VLLM = Version(metadata.version("vllm")).release[:2]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 

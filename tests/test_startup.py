@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,7 +15,7 @@ import pytest
 import torch
 from tiny import HIDDEN, Tiny
 
-from vllm_twist import TwistHead, TwistHeadConfig
+from vllm_twist import SUPPORTED_VLLM, TwistHead, TwistHeadConfig
 
 
 def start(tiny: Tiny, **options: Any) -> Any:
@@ -123,11 +124,19 @@ def test_sliding_window_model_is_refused(tmp_path: Path):
         LLM(str(tmp_path / "model"), twist_head=head, **ENGINE)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0+cpu"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0+cpu", "0.34.0rc1"])
 def test_unsupported_vllm(small: Tiny, monkeypatch: pytest.MonkeyPatch, version: str):
     monkeypatch.setattr(metadata, "version", lambda name: version)
-    with pytest.raises(ValueError, match=rf"needs vLLM >=0.32,<0.33, got {version.replace('+', '.')}"):
+    with pytest.raises(ValueError, match=re.escape(f"needs vLLM {SUPPORTED_VLLM}, got {version}: install")):
         start(small)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0", "0.33.2rc1"])
+def test_supported_vllm(monkeypatch: pytest.MonkeyPatch, version: str):
+    from vllm_twist.engine.compat import check_vllm_version
+
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    check_vllm_version()
 
 
 SAMPLE = """

@@ -13,8 +13,8 @@
     why: with several prompts only the first one's ``kv_transfer_params`` survive
     can go when: they are kept per choice
 ``GenerateBaseServing._raise_if_error``
-    why: the reason why a request failed does not reach the client
-    can go when: outputs carry an error message
+    why: before vLLM 0.33 the reason why a request failed does not reach the client
+    can go when: 0.32 is no longer supported; from 0.33 on it is not applied
 
 The frontend patches are applied only once an engine with a twist head is configured, and do
 nothing for engines without one. Every patched signature is asserted by a test.
@@ -126,6 +126,7 @@ def patch_frontend() -> None:
     from vllm.v1.engine.output_processor import RequestState
 
     from vllm_twist.engine.admission import admit
+    from vllm_twist.engine.versions import OUTPUTS_CARRY_ERRORS
 
     def wrap_process_inputs(original: Callable) -> Callable:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +151,7 @@ def patch_frontend() -> None:
             if kv_transfer_params and RESULT_KEY in kv_transfer_params:
                 (entry,) = kv_transfer_params[RESULT_KEY]
                 parent = self.parent_req
-                if "error" in entry:
+                if "error" in entry and not OUTPUTS_CARRY_ERRORS:
                     _remember_failure((parent or self).external_req_id, entry["error"])
                 if parent is not None:
                     entries = parent.__dict__.setdefault("twist_results", {})
@@ -175,6 +176,8 @@ def _patch_server() -> None:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.exceptions import GenerationError
 
+    from vllm_twist.engine.versions import OUTPUTS_CARRY_ERRORS
+
     def wrap_response(original: Callable) -> Callable:
         def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
             response = original(self, final_res_batch, *args, **kwargs)
@@ -198,7 +201,8 @@ def _patch_server() -> None:
         return _raise_if_error
 
     _wrap(OpenAIServingCompletion, "request_output_to_completion_response", wrap_response)
-    _wrap(GenerateBaseServing, "_raise_if_error", wrap_raise)
+    if not OUTPUTS_CARRY_ERRORS:
+        _wrap(GenerateBaseServing, "_raise_if_error", wrap_raise)
 
 
 def _remember_failure(external_id: str, message: str) -> None:
