@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
     block = 32
     length = len(PROMPT["prompt_token_ids"]) + args.max_tokens
-    shared = len(PROMPT["prompt_token_ids"]) // block
+    shared = (len(PROMPT["prompt_token_ids"]) - 1) // block
     reserved = shared + args.particles * (-(-length // block) - shared)
     options = engine_options(make_model(args.shape, folder)) | {
         "twist_head": str(make_head("low_rank", args.shape, folder)),
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         "max_num_seqs": 2 * args.particles,
         "max_model_len": length + block,
         "block_size": block,
-        "num_gpu_blocks_override": reserved + reserved // 4,
+        "num_gpu_blocks_override": reserved + reserved // 4 + 1,
     }
     llm = LLM(**{**options, **args.engine_args})
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

@@ -22,7 +22,7 @@ import runners
 from elsewhere import Line
 from tiny import Tiny, bigram_model, random_model
 
-ENGINE = dict(
+ENGINE: dict[str, Any] = dict(
     skip_tokenizer_init=True,
     enforce_eager=True,
     dtype="float32",
@@ -31,8 +31,7 @@ ENGINE = dict(
     max_num_seqs=64,
     seed=0,
     kv_cache_memory_bytes=2**26,
-    **runners.options(),
-)
+) | runners.options()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
