@@ -40,7 +40,7 @@ tests() {
     while [ "$1" != -- ]; do environment+=("$1"); shift; done
     shift
     [ -n "$REHEARSE" ] && set -- "$@" --collect-only
-    call timeout -s INT -k 5 "$((LIMIT_S - 10))" env "${environment[@]}" "$PYTHON" -c "$PYTEST" -q --tb=short -rfEs --durations=3 \
+    call timeout -s INT -k 8 "$((LIMIT_S - 15))" env "${environment[@]}" "$PYTHON" -c "$PYTEST" -q --tb=short -rfEs --durations=3 \
         -p no:cacheprovider -o filterwarnings=default "$@" > "$SCRATCH/$name" 2>&1 &
     RUNNING+=("$name:$!")
 }
