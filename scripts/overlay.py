@@ -91,6 +91,8 @@ def main() -> None:
     missing = [name for name in MISSING if installed(name) is None]
     if missing:
         pip(f"what it needs besides: {', '.join(missing)}", "install", "--no-deps", "--target", str(site), *missing)
+    # As pip would: where Python may not write byte code, every process would compile vLLM anew.
+    subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", site], check=False)
     code = "import vllm, vllm.platforms as p; print(vllm.__version__, 'on', type(p.current_platform).__name__)"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=folder)
     if done.returncode:
