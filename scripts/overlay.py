@@ -30,7 +30,8 @@ import sys
 
 from {module} import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that are spawned import this file
+    sys.exit(main())
 """
 
 
