@@ -86,14 +86,15 @@ class TwistSampler(Sampler):
         pos: Tensor,
         top_k: Tensor | None,
         top_p: Tensor | None,
-        use_fused_sampler: bool,
+        *flags: bool,
     ) -> tuple[Tensor, Tensor]:
+        # 0.33 has a flag for the truncation; the last one asks for a sampler that truncates itself.
         found = self.found
         if found is None:
             return super()._sample_random(
-                processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, use_fused_sampler
+                processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, *flags
             )
-        processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
+        processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p, *flags[:-1])
         log_psi = self.readout.twist(self.table.conditions_of(found), self.table.backend)
         self.drawn = self.table.step(processed_logits, found, log_psi)
         if found.rows is None:
@@ -108,7 +109,7 @@ class TwistSampler(Sampler):
             pos[plain],
             None,
             None,
-            False,
+            *(False for _ in flags),
         )
         sampled[found.rows] = self.drawn.token
         return sampled, processed_logits

@@ -35,6 +35,7 @@ from vllm_twist.engine.admission import (
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
 from vllm_twist.engine.lanes import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
+from vllm_twist.engine.versions import error_fields
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
@@ -724,6 +725,7 @@ class TwistSchedulerMixin(_Base):
             new_token_ids=[],
             finish_reason=FinishReason.ERROR,
             kv_transfer_params={RESULT_KEY: [{"error": message}]},
+            **error_fields(message),
             events=group.events or None,
             trace_headers=leader.trace_headers,
         )
@@ -776,6 +778,15 @@ class TwistSchedulerMixin(_Base):
         return finished + staged + super().finish_requests(wanted, finished_status)
 
     # ---- counts ---------------------------------------------------------------------------
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request is here, be it staged, in a group whose phi is being evaluated, or inside (vLLM 0.33)."""
+        return (
+            request_id in self.requests
+            or request_id in self.groups
+            or any(request.request_id == request_id for request in self.staged)
+            or (self.scorer is not None and request_id in self.scorer.pending)
+        )
 
     def get_request_counts(self) -> tuple[int, int]:
         """Count staged and scored requests as waiting, or the engine would go idle over them."""
