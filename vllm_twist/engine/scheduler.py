@@ -198,7 +198,9 @@ class TwistSchedulerMixin(_Base):
         something after it needs that; where nothing does, the step does it in passing.
         """
         v2 = self.use_v2_model_runner
-        whole = params.min_p == 0 and params.top_k <= 0 and params.top_p >= 1
+        # A k beyond the vocabulary takes nothing away; the function that truncates would fail.
+        top_k = params.top_k if params.top_k < self.vllm_config.model_config.get_vocab_size() else 0
+        whole = params.min_p == 0 and top_k <= 0 and params.top_p >= 1
         spec = LaneSpec(
             lane_id=group.id,
             group_id=group.id,
@@ -211,7 +213,7 @@ class TwistSchedulerMixin(_Base):
             scale=group.settings.scale,
             base_proposal=group.settings.proposal == "base",
             pinned=group.settings.pinned,
-            top_k=0 if v2 else params.top_k,
+            top_k=0 if v2 else top_k,
             top_p=1.0 if v2 else params.top_p,
             num_logprobs=self._num_logprobs(params),
             inverse_temperature=1 / params.temperature if v2 and whole else 1.0,
