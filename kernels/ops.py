@@ -536,7 +536,7 @@ def fork_rows(
         ValueError: a type, shape, device or backend that does not fit.
     """
     _check_lanes(tables, block_sizes, rows, ancestors, first=first, computed=computed)
-    if not _triton(backend, ancestors.device):
+    if not tables or not _triton(backend, ancestors.device):
         return reference.fork_rows(tables, block_sizes, rows, ancestors, first, computed)
     from . import fork as fused
 
@@ -580,7 +580,7 @@ def copy_partial_blocks(
     """
     _check_lanes(tables, block_sizes, rows, ancestors, computed=computed)
     _check_caches(caches, num_blocks)
-    if not _triton(backend, ancestors.device):
+    if not tables or not _triton(backend, ancestors.device):
         return reference.copy_partial_blocks(caches, num_blocks, tables, block_sizes, rows, ancestors, computed)
     from . import fork as fused
 
