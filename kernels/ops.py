@@ -23,8 +23,9 @@ INTS = (torch.int32, torch.int64)
 BACKENDS = ("auto", "triton", "torch")
 #: Lanes per group that the Triton resampler holds in one program's registers.
 MAX_LANES = 1024
-#: Fewest rows for which a low-rank twist stays in factors (``keeps_factors``): more than a batch has. On an H100 writing the
-#: values out is 2 to 3.7 times as fast at 16 to 512 rows of 128,256 tokens, rank 64 (benchmarks/results/kernels.csv).
+#: Fewest rows for which a low-rank twist stays in factors (``keeps_factors``): more than a batch has. On an H100 it is
+#: 2 to 3.7 times as fast to write the values out, at 16 to 512 rows of 128,256 tokens and rank 64
+#: (benchmarks/results/kernels.csv).
 FUSED_ROWS = 2**16
 
 
