@@ -47,6 +47,6 @@ setup(
         "vllm.general_plugins": ["twist = vllm_twist.engine.plugin:register"],
         # Not a platform: the one hook that every vLLM process runs before it defines its engine
         # arguments, which makes plain LLM(..., twist_head=...) work without importing vllm_twist.
-        "vllm.platform_plugins": ["twist = vllm_twist.activation:platform_plugin"],
+        "vllm.platform_plugins": ["twist = vllm_twist._import_hook:platform_plugin"],
     },
 )

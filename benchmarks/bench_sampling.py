@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, spread, versions
 from vllm_twist import TwistHead, results
 from vllm_twist.results import TwistResult
-from vllm_twist.sampling import DrawRequest
+from vllm_twist.training.samplers.base import DrawRequest
 
 #: By how much sequence log-probabilities of two sides may differ (nats): 64 tokens of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.0, torch.float16: 0.5}
@@ -48,7 +48,7 @@ class Engine:
     name = "engine"
 
     def __init__(self, args: argparse.Namespace, prompt: list[int]) -> None:
-        from vllm_twist.engine.sampler import EngineSampler
+        from vllm_twist.training.samplers.vllm import EngineSampler
 
         self.prompt, self.drawn = tuple(prompt), 0
         self.sampler = EngineSampler(

@@ -215,7 +215,7 @@ def seconds_bar(what: str, expected: int) -> Iterator[None]:
 
 def start_engine(trainer: TwistTrainer, prompt: str, sequences: int) -> None:
     """Give a trainer an engine with a tokenizer that runs up to ``sequences`` continuations of the prompt at once."""
-    from vllm_twist.engine.sampler import EngineSampler
+    from vllm_twist.training.samplers.vllm import EngineSampler
 
     length = len(trainer.tokenizer(prompt).input_ids)
     with seconds_bar("  starting the engine", expected=25), quiet():

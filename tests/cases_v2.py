@@ -85,7 +85,7 @@ def test_same_with_the_kernels(engine, wide: Tiny, monkeypatch: pytest.MonkeyPat
 
 def test_same_with_a_low_rank_head_in_factors(engine, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its values written out or multiplied in the kernels: the same steps, with scales, base proposals and pins."""
-    from vllm_twist.engine.slots import SlotTable
+    from vllm_twist.engine.v2.state import SlotTable
     from vllm_twist.kernels import reference
 
     tiny = random_model(tmp_path_factory.mktemp("factors"), vocab=40, eos=1, head_type="low_rank")
@@ -175,7 +175,7 @@ def test_particle_that_ends_leaves_one_step_later(engine, wide: Tiny) -> None:
 
 def test_plain_rows_are_drawn_by_vllm(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a mixed batch the logits of plain requests are neither written to nor drawn from by the step."""
-    from vllm_twist.engine.slots import SlotTable
+    from vllm_twist.engine.v2.state import SlotTable
 
     seen, real = [], SlotTable.step
 
@@ -270,8 +270,8 @@ def test_the_step_never_waits_for_the_device(engine, wide: Tiny, monkeypatch: py
     With the kernels, as on a GPU; on mixed and on pure batches, with temperatures, scales, penalties and logprobs,
     pinned lanes and the base proposal.
     """
-    from vllm_twist.engine.sampler_v2 import StepOutputs, TwistSampler
-    from vllm_twist.engine.slots import SlotTable
+    from vllm_twist.engine.v2.sampler import StepOutputs, TwistSampler
+    from vllm_twist.engine.v2.state import SlotTable
 
     llm, entered = engine(wide), []
     generate(llm, [prompt_of(5)], params(max_tokens=2, twist_particles=2))  # sets the fork up

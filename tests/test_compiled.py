@@ -70,7 +70,7 @@ def test_compiled_where_the_model_is(small: Tiny, eager: bool):
     from conftest import ENGINE
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+    from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
 
     options = {**ENGINE, "enforce_eager": eager}
     config = EngineArgs(model=str(small.path), twist_head=str(small.head_path), **options).create_engine_config()

@@ -13,7 +13,7 @@ from runners import fewer
 from tiny import Tiny, penalised, truncated
 
 from vllm_twist import results
-from vllm_twist.engine import lanes
+from vllm_twist.engine.v1 import state as lanes
 
 EVERY_STEP = {"twist_ess_threshold": 1.0, "twist_return_particles": True}
 
@@ -92,7 +92,7 @@ def test_forks_at_every_step_across_blocks(clean, wide: Tiny, length: int, cachi
 
 def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch):
     """The check above fails when partial blocks are not copied."""
-    monkeypatch.setattr("vllm_twist.engine.runner_v1.copy_kv_cache_blocks_inplace", lambda *args: None)
+    monkeypatch.setattr("vllm_twist.engine.v1.runner.copy_kv_cache_blocks_inplace", lambda *args: None)
     (output,) = generate(
         engine(wide), [prompt_of(40)], params(max_tokens=40, ignore_eos=True, seed=5, twist_particles=8, **EVERY_STEP)
     )
@@ -345,7 +345,7 @@ def test_prompt_logprobs_among_twisted_requests(clean, wide: Tiny):
 
 def test_plain_rows_are_never_written(engine, wide: Tiny, monkeypatch):
     """In a mixed batch the logits rows of plain requests leave the processor bit for bit as they came."""
-    from vllm_twist.engine.logits_processor import TwistLogitsProcessor
+    from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
 
     seen = []
     real = TwistLogitsProcessor.apply

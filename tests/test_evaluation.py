@@ -16,7 +16,7 @@ import torch
 from test_engine_exact import PROMPTS
 from tiny import Law, Tiny, enumerate_law
 
-from vllm_twist import cli_eval
+from vllm_twist.cli import eval as cli_eval
 from vllm_twist.bounds import Estimate
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table

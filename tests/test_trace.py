@@ -14,7 +14,7 @@ from tiny import Tiny
 
 from vllm_twist import results
 from vllm_twist.cli import main
-from vllm_twist.cli_trace import lineage, plot
+from vllm_twist.cli.trace import lineage, plot
 from vllm_twist.results import Particle, TraceStep, TwistResult
 
 

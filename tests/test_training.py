@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
-from vllm_twist.sampling import LAWS, DrawRequest, Draws, TransformersSampler
+from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
 from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
 
 HORIZON = 3
@@ -550,7 +550,7 @@ ENGINE_ARGS = {"block_size": 32, "kv_cache_memory_bytes": 2**26, "enable_prefix_
 
 @pytest.fixture(scope="module")
 def sampler(small: Tiny) -> Any:
-    from vllm_twist.engine.sampler import EngineSampler
+    from vllm_twist.training.samplers.vllm import EngineSampler
 
     made = EngineSampler(
         str(small.path), rough_head(small, 0), end_ids=frozenset({small.eos}), max_model_len=64, dtype="float32",
@@ -656,8 +656,8 @@ AT_HOME = """
 import os, random, signal, sys, threading
 import numpy, torch
 from vllm_twist import TwistHead
-from vllm_twist.engine.sampler import EngineSampler
-from vllm_twist.sampling import DrawRequest
+from vllm_twist.training.samplers.vllm import EngineSampler
+from vllm_twist.training.samplers.base import DrawRequest
 
 def start():
     options = dict(block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=8, dtype="float32")

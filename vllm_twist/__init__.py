@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_twist.activation import activate
+from vllm_twist._import_hook import activate
 
 # At once: the module and the function share a name, and the function has to win.
 from vllm_twist.results import Particle as Particle

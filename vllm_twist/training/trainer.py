@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_twist import attention
+from vllm_twist.training import attention
 from vllm_twist.objectives import (
     Positives,
     ctl_loss,
@@ -38,10 +38,10 @@ from vllm_twist.objectives import (
     sixo_loss,
 )
 from vllm_twist.potentials import Continuation, LogPhi, Potential, load_potential
-from vllm_twist.processes import Processes
+from vllm_twist.training.processes import Processes
 from vllm_twist.prompts import Prompt, encode_prompt
 from vllm_twist.resampling import ess, log_mean_exp
-from vllm_twist.sampling import (
+from vllm_twist.training.samplers.base import (
     DrawRequest,
     Draws,
     Sampler,
@@ -50,8 +50,8 @@ from vllm_twist.sampling import (
     end_token_ids,
     logits_of,
 )
-from vllm_twist.teacher_forcing import Scores, score
-from vllm_twist.training_config import TrainingConfig
+from vllm_twist.training.teacher_forcing import Scores, score
+from vllm_twist.training.config import TrainingConfig
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 STATE_NAME = "training_state.pt"
@@ -467,7 +467,7 @@ class TwistTrainer:
                 "`model` must be loaded from somewhere for the engine to load it, too, got one without a name: save it "
                 "and pass the folder, or use the transformers sampler."
             )
-        from vllm_twist.engine.sampler import MAX_NUM_SEQS, EngineSampler
+        from vllm_twist.training.samplers.vllm import MAX_NUM_SEQS, EngineSampler
 
         particles = self.config.particles
         at_once = particles * self.config.prompts_per_update * max(1, len(set(_laws(self.config)) - {"exact"}))

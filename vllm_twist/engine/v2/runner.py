@@ -6,11 +6,11 @@ from typing import Any
 
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_twist.engine.fork_v2 import Fork
-from vllm_twist.engine.logits_processor_v2 import TwistLogitsProcessorV2
+from vllm_twist.engine.v2.fork import Fork
+from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout, Rows
-from vllm_twist.engine.sampler_v2 import StepOutputs, TwistSampler
+from vllm_twist.engine.v2.sampler import StepOutputs, TwistSampler
 from vllm_twist.twist import TwistHead
 
 

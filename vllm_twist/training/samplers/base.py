@@ -3,7 +3,7 @@
 A ``Sampler`` takes ``DrawRequest``s, each for one prompt, and answers with token ids. What the
 gradient needs beside them, log p0, log psi and log q of every token, comes from one teacher-forced
 pass over what was drawn, so that a sampler may be any program: the engine
-(``vllm_twist.engine.sampler``), or transformers on machines without it.
+(``vllm_twist.training.samplers.vllm``), or transformers on machines without it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_twist.engine.slots import LaneRows
+from vllm_twist.engine.v2.state import LaneRows
 from vllm_twist.kernels import ops
 
 

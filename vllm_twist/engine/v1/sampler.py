@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from vllm_twist.engine.lanes import LaneTable
+from vllm_twist.engine.v1.state import LaneTable
 
 
 class LaneSampler(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_twist.engine.lanes import COLD, LaneSpec, centre, conditions_of, lineage_logprobs
+from vllm_twist.engine.v1.state import COLD, LaneSpec, centre, conditions_of, lineage_logprobs
 from vllm_twist.kernels import ops, reference
 
 NO_LOGPROBS = -1

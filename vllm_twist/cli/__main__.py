@@ -15,9 +15,9 @@ from typing import Any
 
 #: Module and summary by name of the command.
 COMMANDS = {
-    "eval": ("vllm_twist.cli_eval", "bounds of log Z and divergences of a twist head"),
-    "trace": ("vllm_twist.cli_trace", "one group's life as a picture"),
-    "train": ("vllm_twist.cli_train", "learn a twist head for a potential"),
+    "eval": ("vllm_twist.cli.eval", "bounds of log Z and divergences of a twist head"),
+    "trace": ("vllm_twist.cli.trace", "one group's life as a picture"),
+    "train": ("vllm_twist.cli.train", "learn a twist head for a potential"),
 }
 
 

@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from vllm_twist.engine.lanes import COLD, CONDITION_KEY, LANE_KEY
+from vllm_twist.engine.v1.state import COLD, CONDITION_KEY, LANE_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class TwistLogitsProcessorV2(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         # Here, not above: the frontend imports this module as well.
-        from vllm_twist.engine.slots import SlotTable
+        from vllm_twist.engine.v2.state import SlotTable
 
         mode = vllm_config.model_config.logprobs_mode
         self.table = SlotTable(req_states.max_num_reqs, req_states.device, logprobs_mode=mode)

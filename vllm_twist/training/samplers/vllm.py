@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vllm_twist.results import results
-from vllm_twist.sampling import ESS_THRESHOLD, DrawRequest, Draws
+from vllm_twist.training.samplers.base import ESS_THRESHOLD, DrawRequest, Draws
 from vllm_twist.twist import TwistHead
 
 #: Most sequences in one batch of the engine, unless one request needs more.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm_twist import attention
+from vllm_twist.training import attention
 from vllm_twist.objectives import log_normaliser
-from vllm_twist.sampling import condition_state, head_output, logits_of, prefill
+from vllm_twist.training.samplers.base import condition_state, head_output, logits_of, prefill
 from vllm_twist.twist import TwistHead
 
 #: Values over the vocabulary that are held at a time; what lies beyond is computed anew for the gradient.
