@@ -145,7 +145,7 @@ def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case
     kind, options, needed = SHARING[case]
     llm = clean(wide, **ENGINES[kind])
     core = llm.llm_engine
-    common = {"max_tokens": 30, "ignore_eos": True, "twist_particles": 4, "twist_ess_threshold": 0.0, **options}
+    common = {"max_tokens": 30, "ignore_eos": True, "twist_particles": 5, "twist_ess_threshold": 0.0, **options}
     for index in range(3):
         prompt = {"prompt_token_ids": prompt_of(97), **({"cache_salt": f"{index}"} if case == "salted" else {})}
         core.add_request(f"{case}-{index}", prompt, params(seed=index, **common))
