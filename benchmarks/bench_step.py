@@ -7,14 +7,19 @@ with n = K; repeats alternate between the two. Counted are the steps in which ev
 phases are the four calls of vLLM's engine loop: schedule, execute (the model), sample, and update
 (bookkeeping of the results). On a GPU with asynchronous scheduling none of them waits for the device, so that
 the times are the host's own. On a CPU execute and sample contain the computation.
+
+``--profile FILE`` writes what torch's profiler saw of 20 steps of the largest case: launches, copies, and whatever
+makes the host wait for the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +27,7 @@ from typing import Any
 
 from benchmarks.bench_generate import both_sides
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, versions
+from benchmarks.shapes import PROMPT, SHAPES, engine_options, make_head, make_model
 
 PHASES = ("schedule", "execute", "sample", "update")
 
@@ -72,18 +78,52 @@ class Stopwatch:
         return self.steps
 
 
-def measure(llm: Any, watch: Stopwatch, groups: int, particles: int, max_tokens: int, repeats: int) -> dict[str, Any]:
+def measure(
+    llm: Any, watch: Stopwatch, prompt: Any, groups: int, particles: int, max_tokens: int, repeats: int
+) -> dict[str, Any]:
     """Return the steps of each side, "plain" and "twisted", over all repeats but one to warm up."""
     sides = both_sides(particles, max_tokens)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(repeats + 1):
         for side, params in sides.items():
-            prompts = ["I bought this"] * groups
+            prompts = [prompt] * groups
             run = lambda p=params, q=prompts: llm.generate(q, p, use_tqdm=False)  # noqa: E731
             steps = watch.time(llm, groups * particles, run)
             if repeat:
                 found[side] += steps
     return found
+
+
+#: Calls of CUDA's runtime that make the host wait, and those of PyTorch that read a value.
+WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
+
+
+def profile(llm: Any, prompt: Any, particles: int, groups: int, steps: int = 20) -> str:
+    """Return what torch's profiler saw of that many decoding steps of either side: calls and microseconds a step."""
+    from torch.profiler import profile as record
+
+    core, lines = llm.llm_engine, [f"{hardware()} · {versions()} · {groups} x K={particles} · {steps} steps"]
+    for side, params in both_sides(particles, steps + 12, twist_ess_threshold=1.0).items():
+        for i in range(groups):
+            core.add_request(f"{side}{i}", prompt, params)
+        for _ in range(6):  # prompts, lanes, and what is compiled at its first use
+            core.step()
+        with record() as seen:
+            for _ in range(steps):
+                core.step()
+        while core.has_unfinished_requests():
+            core.step()
+        events = sorted(seen.key_averages(), key=lambda event: -event.count)
+        launches = sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
+        copies = sum(event.count for event in events if "cudaMemcpy" in event.key)
+        waits = {event.key: event.count / steps for event in events if any(wait in event.key for wait in WAITS)}
+        lines.append(f"\n{side}: {launches / steps:.1f} launches, {copies / steps:.1f} copies a step; waits: {waits}")
+        lines.append("calls, host us, device us, all a step; name")
+        for event in events[:60]:
+            device = getattr(event, "self_device_time_total", 0.0)
+            times = f"{event.self_cpu_time_total / steps:10.1f} {device / steps:10.1f}"
+            lines.append(f"{event.count / steps:8.2f} {times}  {event.key[:100]}")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -95,24 +135,32 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most", type=int, default=256, help="leave out what has more sequences than this")
+    parser.add_argument("--shape", choices=list(SHAPES), help="a model and a low-rank head of random weights")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="further engine arguments, as JSON")
+    parser.add_argument("--profile", type=Path, help="write a profile of 20 steps, twisted and plain")
     parser.add_argument("--csv", type=Path, help="append one row per side, groups and particles")
     args = parser.parse_args()
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # In this process, so that its parts can be timed.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder))
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Measure every case in one engine."""
     import torch
     from vllm import LLM
 
     gpu = torch.cuda.is_available()
-    llm = LLM(
-        args.model,
-        twist_head=args.twist_head,
-        max_num_seqs=args.most,
-        enforce_eager=not gpu,
-        max_model_len=512,
-        kv_cache_memory_bytes=2**30,
-    )
+    options: dict[str, Any] = {"model": args.model, "twist_head": args.twist_head, "twist_particles": 1}
+    prompt: Any = "I bought this"
+    if args.shape:
+        options |= engine_options(make_model(args.shape, folder))
+        options["twist_head"], prompt = str(make_head("low_rank", args.shape, folder)), PROMPT
+    options |= {"max_num_seqs": args.most, "enforce_eager": not gpu}
+    llm = LLM(**{**options, "max_model_len": 512, "kv_cache_memory_bytes": 2**30, **args.engine_args})
     config = llm.llm_engine.vllm_config
     runner = "V2" if config.use_v2_model_runner else "V1"
     scheduling = "asynchronous" if config.scheduler_config.async_scheduling else "synchronous"
@@ -128,7 +176,7 @@ def main() -> None:
         for particles in args.particles:
             if groups * particles > args.most:
                 continue
-            sides = measure(llm, watch, groups, particles, args.max_tokens, args.repeats)
+            sides = measure(llm, watch, prompt, groups, particles, args.max_tokens, args.repeats)
             plain = None
             for side, steps in sides.items():
                 if not steps:
@@ -159,6 +207,9 @@ def main() -> None:
                             "ratio": round(median / plain, 3),
                         },
                     )
+    if args.profile:
+        largest = max((k, g) for k in args.particles for g in args.groups if g * k <= args.most)
+        args.profile.write_text(profile(llm, prompt, *largest))
     if not gpu:
         print("No GPU here. The GPU rows are not yet measured.")
 

@@ -28,7 +28,7 @@ from elsewhere import (  # noqa: F401
 )
 from tiny import Tiny, bigram_model, random_model
 
-ENGINE = dict(
+ENGINE: dict[str, Any] = dict(
     skip_tokenizer_init=True,
     enforce_eager=True,
     dtype="float32",
@@ -37,8 +37,7 @@ ENGINE = dict(
     max_num_seqs=64,
     seed=0,
     kv_cache_memory_bytes=2**26,
-    **runners.options(),
-)
+) | runners.options()
 
 
 #: Files that run in processes of their own when (nearly) everything runs, the longest first: they share no engines.

@@ -1,25 +1,38 @@
 """The model runner and scheduler that the engine tests run on.
 
 Model Runner V2 needs Triton; without a GPU it runs under Triton's interpreter, some hundred times slower, so
-that tests there take fewer groups.
+that tests there take fewer groups. With one it runs as it is, eager or, with TWIST_TEST_GRAPHS=1, in CUDA graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from importlib import metadata
 from typing import Any
 
 import light
+from packaging.version import Version
 
 #: "v1", "v2" (synchronous scheduler) or "v2-async".
 RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
+#: Major and minor version of the installed vLLM.
+VLLM = Version(metadata.version("vllm")).release[:2]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
 def fewer(n: int, least: int = 6) -> int:
     """Return how many of ``n`` groups a statistical test affords."""
-    return n if RUNNER == "v1" else max(n // 25, least)
+    if RUNNER == "v1":
+        return n
+    return max(n // (4 if on_gpu() else 25), least)
+
+
+def on_gpu() -> bool:
+    """Whether engines run on a GPU."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda()
 
 
 def emulate() -> None:
@@ -61,10 +74,22 @@ def truncate_in_torch() -> None:
     topk_topp_sampler.HAS_TRITON = False
 
 
+def gpu_options() -> dict[str, Any]:
+    """Return what an engine on a GPU needs, where others of the same process have their memory too."""
+    made: dict[str, Any] = {"async_scheduling": RUNNER == "v2-async", "gpu_memory_utilization": 0.3}
+    if os.environ.get("TWIST_TEST_GRAPHS") == "1":
+        sizes = [1, 2, 4, 8, 16, 32, 64]
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        made |= {"enforce_eager": False, "compilation_config": graphs}
+    return made
+
+
 def options() -> dict[str, Any]:
     """Set the process up for ``RUNNER``; return what an engine needs for it."""
     if RUNNER == "v1":
         return {}
+    if os.environ.get("TRITON_INTERPRET") != "1" and on_gpu():
+        return gpu_options()
     emulate()
     truncate_in_torch()
     if RUNNER == "v2-async":

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import importlib
+import json
 import math
+import os
+import re
+import shlex
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +21,7 @@ import pytest
 import torch
 from tiny import Tiny, enumerate_law
 
-from benchmarks import bench_objectives, bench_sampling
+from benchmarks import bench_kernels, bench_objectives, bench_sampling
 from benchmarks.bench_objectives import Setting, Task, train
 from vllm_twist import TwistHead
 from vllm_twist.potentials import TokenLogistic
@@ -148,3 +157,81 @@ def test_another_distribution_is_noticed(sides):
                     bench_sampling.check(engine, [side], 4, 12)
             finally:
                 side.head = head
+
+
+def gpu_run(repo_root: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OUT": str(out), "DRY": "1", "PYTHON": sys.executable}
+    command = ["bash", "benchmarks/gpu/run.sh", *arguments]
+    return subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
+
+
+class Parsed(Exception):
+    """The arguments are fine."""
+
+
+@pytest.mark.parametrize("arguments", [(), ("--rehearse",)], ids=["run", "rehearsal"])
+def test_every_command_of_the_gpu_run_parses(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+):
+    """A typing error must not waste a run on a GPU: benchmarks take their arguments, tests that are named exist."""
+    done = gpu_run(repo_root, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    stages = list(csv.DictReader((tmp_path / "stages.csv").open()))
+    assert len(stages) == 5 and {row["exit_code"] for row in stages} == {"0"}
+    assert sum(int(row["limit_s"]) for row in stages) <= 9 * 60 * (20 if arguments else 1)
+
+    def parse(parser: argparse.ArgumentParser, *_: object) -> None:
+        real(parser)
+        raise Parsed
+
+    real = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    seen = set()
+    for line in done.stdout.splitlines():
+        if not line.startswith("$ "):
+            continue
+        words = shlex.split(line[2:])
+        after = words[words.index(sys.executable) + 1 :]
+        if after[0] == "-m":
+            monkeypatch.setattr(sys, "argv", after[1:])
+            with pytest.raises(Parsed):
+                importlib.import_module(after[1]).main()
+            seen.add(after[1])
+            if "--engine-args" in after:
+                assert json.loads(after[after.index("--engine-args") + 1])
+            continue
+        compile(after[1], "pytest", "exec")
+        for word in after:
+            if word.startswith("tests/"):
+                file, *name = re.split(r"::|\[", word)
+                assert not name or f"def {name[0]}(" in (repo_root / file).read_text(), word
+                seen.add(file)
+        if "-k" in after:
+            tests = re.findall(r"def (test_\w+)", (repo_root / "tests/test_kernels.py").read_text())
+            for part in set(re.findall(r"\w+", after[after.index("-k") + 1])) - {"not", "or", "and"}:
+                assert any(part in test for test in tests), part
+    assert {f"benchmarks.bench_{name}" for name in ("kernels", "generate", "step", "memory")} < seen
+    assert {"benchmarks.gpu.smoke", *(f"tests/test_{name}.py" for name in ("kernels", "engine", "engine_exact"))} < seen
+
+
+def test_gpu_run_knows_its_stages(repo_root: Path, tmp_path: Path):
+    done = gpu_run(repo_root, tmp_path, "kernel")
+    assert done.returncode == 2 and "unknown stage kernel: one of" in done.stdout
+
+
+def test_sweep_times_each_setting_and_puts_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vllm_twist.kernels import low_rank, twist_softmax
+
+    settings = [(twist_softmax, ("SOFTMAX_TILE", "RACE_TILE", "PROGRAMS_PER_PROCESSOR")), (low_rank, ("ROW_BLOCK",))]
+    before = [[getattr(module, name) for name in names] for module, names in settings]
+    found: list[tuple[int, int]] = []
+    real = bench_kernels.ops.twist_softmax
+    spy = lambda *a: (found.append((twist_softmax.SOFTMAX_TILE, low_rank.ROW_BLOCK)), real(*a))[1]  # noqa: E731
+    monkeypatch.setattr(bench_kernels.ops, "twist_softmax", spy)
+    arguments = ["--parts", "sweep", "--rows", "2", "--vocabularies", "9", "--repeats", "2", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", *arguments, "--csv", str(tmp_path / "rows.csv")])
+    bench_kernels.main()
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) == len({row["op"] for row in rows}) == 4 * 4 + 2 * 3
+    assert {tile for tile, _ in found} >= {1024, 2048, 4096, 8192} and {block for _, block in found} >= {32, 64, 128}
+    assert before == [[getattr(module, name) for name in names] for module, names in settings]

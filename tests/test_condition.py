@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from runners import fewer
-from test_engine import EVERY_STEP, generate, params, prompt_of, scheduler_of, worker_of
+from test_engine import EVERY_STEP, generate, params, scheduler_of, worker_of
 from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
 from test_pinned import exact_samples, run_pinned
 from tiny import Tiny, enumerate_law
@@ -74,7 +74,7 @@ def test_one_pass_per_group(engine, conditional: Tiny, monkeypatch: pytest.Monke
     real = scheduler._take_conditions
     monkeypatch.setattr(scheduler, "_take_conditions", lambda step: (counts.append(len(step.conditions)), real(step)))
     request = params(seed=1, max_tokens=6, ignore_eos=True, twist_particles=16, twist_condition=[2, 3], **EVERY_STEP)
-    generate(engine(conditional), [prompt_of(3)], request)
+    generate(engine(conditional), [PROMPTS["below"]], request)
     assert sum(counts) == 1
     assert not scheduler.reading
 
@@ -104,7 +104,7 @@ def test_abort(engine, conditional: Tiny, steps: int) -> None:
     llm = engine(conditional)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     request = params(max_tokens=30, ignore_eos=True, twist_particles=4, twist_condition=[2, 3])
-    internal = core.add_request("gone", {"prompt_token_ids": prompt_of(3)}, request)
+    internal = core.add_request("gone", {"prompt_token_ids": PROMPTS["below"]}, request)
     for _ in range(steps):
         core.step()
     core.abort_request([internal], internal=True)

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from runners import RUNNER
 from test_engine import params, prompt_of, scheduler_of, worker_of
@@ -55,7 +55,8 @@ TWIST = st.fixed_dictionaries(
         "twist_ess_threshold": st.sampled_from([0, 0.5, 1, 5, 1e300]),
         "twist_resampling": st.sampled_from(["systematic", "stratified", "multinomial", "residual"]),
         "twist_proposal": st.sampled_from(["twist", "base"]),
-        "twist_pinned": st.lists(tokens, min_size=1, max_size=6),
+        # Repeated to `max_tokens` tokens: most are valid, if not possible.
+        "twist_pinned": st.lists(st.integers(2, VOCAB), min_size=1, max_size=6),
         "twist_return_particles": st.booleans(),
         "twist_trace": st.booleans(),
     },
@@ -77,6 +78,10 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
+SIMPLE = {"length": 2, "max_tokens": 3, "priority": 0, "arrives": 0, "leaves": None}
+SIMPLE |= {"condition": {"twist_condition": [2]}}
+#: Weights that are no numbers, and a continuation that is forbidden besides.
+TWICE_WRONG = {"twist_particles": 1, "twist_scale": 3e38, "twist_pinned": [7, 8, 9]}
 #: Names of the requests, of which a failed example may leave some.
 EXAMPLE = itertools.count()
 
@@ -84,22 +89,26 @@ EXAMPLE = itertools.count()
 def fuzzed(llm: Any, requests: list[dict[str, Any]], resets: set[int], conditional: bool) -> None:
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     waiting: dict[str, dict[str, Any]] = {}
-    example = next(EXAMPLE)
+    prefix = next(EXAMPLE)
     for step in range(600):
         for i, request in enumerate(requests):
             if request["arrives"] != step:
                 continue
             options = {**request["sampling"], **request["twist"], "max_tokens": request["max_tokens"]}
+            if "twist_pinned" in options:
+                options["twist_pinned"] = (options["twist_pinned"] * 6)[: request["max_tokens"]]
+                if options.get("twist_resampling") != "residual":
+                    options.pop("twist_resampling", None)
             if conditional and "twist" not in options:
                 options |= request["condition"]
             try:
                 parameters = params(output_kind=RequestOutputKind.FINAL_ONLY, **options)
                 prompt = {"prompt_token_ids": prompt_of(request["length"])}
-                core.add_request(f"{example}-{i}", prompt, parameters, priority=request["priority"])
+                core.add_request(f"{prefix}-{i}", prompt, parameters, priority=request["priority"])
             except (ValueError, VLLMValidationError) as error:
                 assert str(error)
                 continue
-            waiting[f"{example}-{i}"] = request
+            waiting[f"{prefix}-{i}"] = request
         for output in core.step():
             if output.finished:
                 request = waiting.pop(output.request_id)
@@ -140,7 +149,7 @@ def check(output: Any, request: dict[str, Any]) -> None:
         assert math.isfinite(group.log_z) and 0 < group.ess <= request["twist"]["twist_particles"] + 1e-6
 
 
-EXAMPLES = 120 if RUNNER == "v1" else 3
+EXAMPLES = 150 if RUNNER == "v1" else 3
 
 
 @pytest.mark.parametrize("kind", ["wide", "conditional"])
@@ -164,6 +173,8 @@ def test_every_request_ends_once(engine, request: pytest.FixtureRequest, kind: s
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+    @example([{**SIMPLE, "sampling": {"allowed_token_ids": [4, 5, 6]}, "twist": TWICE_WRONG}], set())
+    @example([{**SIMPLE, "sampling": {"top_k": 10**6}, "twist": {"twist_particles": 2}}], set())
     @given(st.lists(REQUEST, min_size=1, max_size=4), st.sets(st.integers(1, 8), max_size=1))
     def run(requests: list[dict[str, Any]], resets: set[int]) -> None:
         try:

@@ -82,7 +82,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        before = {name: [block.block_id for block in blocks] for name, blocks in self.block_tables.req_to_blocks.items()}
+        tables = self.block_tables.req_to_blocks
+        before = {name: [block.block_id for block in blocks] for name, blocks in tables.items()}
         outputs = update(self, scheduler_output, model_runner_output)
         for request_id, (preemptions, tables) in noted.pop(id(scheduler_output), {}).items():
             request = self.requests.get(request_id)
@@ -112,8 +113,10 @@ def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: 
         if index % 4 == 3:
             options["twist"] = 0
         else:
-            options |= {"seed": index, "twist_particles": 4, **EVERY_STEP, "twist_ess_threshold": rng.choice([0.6, 1.0])}
-        core.add_request(f"{kind}-{index}", {"prompt_token_ids": prompt_of(rng.choice([33, 70, 97]))}, params(**options))
+            options |= {"seed": index, "twist_particles": 4, "twist_return_particles": 1}
+            options["twist_ess_threshold"] = rng.choice([0.6, 1.0])
+        prompt = {"prompt_token_ids": prompt_of(rng.choice([33, 70, 97]))}
+        core.add_request(f"{kind}-{index}", prompt, params(**options))
     for step in range(2000):
         outputs += [output for output in core.step() if output.finished]
         if rng.random() < 0.03 or step == 6:
@@ -161,7 +164,7 @@ def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case
     if needed is None:
         generate(llm, [prompt_of(97)], many)
     else:
-        message = rf"`twist_particles`=9 can never fit into the KV cache: a prompt of 97 .* need up to {needed} blocks of 32"
+        message = rf"`twist_particles`=9 can never fit into the KV cache: .* need up to {needed} blocks of 32 tokens"
         with pytest.raises(ValueError, match=message):
             generate(llm, [prompt_of(97)], many)
 
@@ -323,7 +326,8 @@ def test_long_continuations_take_their_own_size_and_leave_with_their_lanes():
         return LaneSpec(name, name, 0, 1, 2**15, 0.5, 0, 1.0, pinned=pinned, group_size=1)
 
     def size() -> int:
-        tensors = [x for owner in (table, table.pins, table.lanes) for x in vars_of(owner) if isinstance(x, torch.Tensor)]
+        values = [x for owner in (table, table.pins, table.lanes) for x in vars_of(owner)]
+        tensors = [x for x in values if isinstance(x, torch.Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     table = SlotTable(256, torch.device("cpu"))

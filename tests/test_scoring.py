@@ -185,6 +185,25 @@ def test_pause_while_phi_is_computed(scored, phi, state: str):
     assert [output.request_id for output in finished] == ["paused"] and results(finished[0])
 
 
+def test_no_request_is_forgotten(scored, phi):
+    """The scheduler knows of a request wherever it is: in a group, staged behind one, or while phi is computed."""
+    engine = scored[0].llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    phi.gate.clear()
+    slow = engine.add_request("slow", {"prompt_token_ids": [0, 2]}, params())
+    plain = engine.add_request("plain", {"prompt_token_ids": [0, 2]}, params(twist=0))
+    assert scheduler.groups and plain not in scheduler.requests
+    assert scheduler.has_request(slow) and scheduler.has_request(plain) and not scheduler.has_request("other")
+    finished = []
+    while not (finished and scheduler.scorer):
+        finished += step(engine)
+    assert not scheduler.has_request(plain) and scheduler.has_request(slow) and slow not in scheduler.requests
+    phi.gate.set()
+    while engine.has_unfinished_requests():
+        step(engine)
+    assert not scheduler.has_request(slow)
+
+
 def test_abort_while_phi_is_computed(scored, phi):
     engine = scored[0].llm_engine
     scheduler = engine.engine_core.engine_core.scheduler

@@ -17,6 +17,7 @@ from typing import Any
 
 import openai
 import pytest
+from runners import VLLM
 
 from vllm_twist import results
 
@@ -152,6 +153,8 @@ def test_streaming(client: openai.OpenAI):
     chunks = list(complete(client, seed=5, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    if VLLM >= (0, 33):
+        assert twist_of(chunks[-1]) == twist_of(whole)
 
 
 def test_stop_string_and_logprobs(client: openai.OpenAI):
@@ -257,6 +260,10 @@ def test_structured_outputs_are_refused(client: openai.OpenAI):
 def test_broken_weights_are_an_error_that_says_so(client: openai.OpenAI, server: str):
     with pytest.raises(openai.InternalServerError, match="NaN, infinite or all zero: check the head"):
         complete(client, twist_scale=3e38)
+    with pytest.raises(openai.APIError, match="NaN, infinite or all zero: check the head"):
+        list(complete(client, twist_scale=3e38, stream=True))
+    with pytest.raises(openai.InternalServerError, match="NaN, infinite or all zero: check the head"):
+        complete(client, twist_scale=3e38, n=2)
     assert complete(client, seed=1).choices[0].text
     wait_until_idle(server)
 

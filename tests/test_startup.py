@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -19,7 +20,7 @@ import pytest
 import torch
 from tiny import HIDDEN, Tiny
 
-from vllm_twist import TwistHead, TwistHeadConfig
+from vllm_twist import SUPPORTED_VLLM, TwistHead, TwistHeadConfig
 
 
 def start(tiny: Tiny, **options: Any) -> Any:
@@ -189,10 +190,10 @@ def test_particles_beyond_the_kernels(small: Tiny, monkeypatch: pytest.MonkeyPat
             configure(config, TwistConfig.from_options(settings))
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0+cpu"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0+cpu", "0.34.0rc1"])
 def test_unsupported_vllm(small: Tiny, monkeypatch: pytest.MonkeyPatch, version: str):
     monkeypatch.setattr(metadata, "version", lambda name: version)
-    with pytest.raises(ValueError, match=rf"needs vLLM >=0.32,<0.33, got {version.replace('+', '.')}"):
+    with pytest.raises(ValueError, match=re.escape(f"needs vLLM {SUPPORTED_VLLM}, got {version}: install")):
         start(small)
 
 
@@ -294,11 +295,11 @@ def test_vllm_that_has_moved(small: Tiny, monkeypatch: pytest.MonkeyPatch):
     plugin.register()
     plugin.register()
     (warning,) = said
-    assert "has no EngineArgs.from_cli_args; vllm-twist supports >=0.32,<0.33" in warning
+    assert f"has no EngineArgs.from_cli_args; vllm-twist supports {SUPPORTED_VLLM}" in warning
     assert EngineArgs.create_engine_config is untouched
     assert EngineArgs(str(small.path)).additional_config == {}
     for kind in (EngineArgs, AsyncEngineArgs):
-        message = r"`twist_head` needs vLLM >=0.32,<0.33, got 0.32.*could not be activated \(RuntimeError: vLLM"
+        message = rf"`twist_head` needs vLLM {SUPPORTED_VLLM}, got 0.3.*could not be activated \(RuntimeError: vLLM"
         with pytest.raises(ValueError, match=message):
             kind(str(small.path), twist_head="x")
 
@@ -321,6 +322,14 @@ def test_speculator_is_refused(small: Tiny, tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"`speculative_config` cannot be combined .*: drop it; where the model is a"):
         LLM(str(tmp_path), twist_head=str(small.head_path), **ENGINE)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0", "0.33.2rc1"])
+def test_supported_vllm(monkeypatch: pytest.MonkeyPatch, version: str):
+    from vllm_twist.engine.compat import check_vllm_version
+
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    check_vllm_version()
 
 
 SAMPLE = """

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runners import VLLM
 from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector, PendingAuxOutput
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
@@ -21,12 +24,13 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -34,10 +38,11 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_twist.engine import compat
+from vllm_twist.engine import compat, versions
 from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
 from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.v1.sampler import LaneSampler
+from vllm_twist.engine.v2 import sampler as sampler_v2
 from vllm_twist.engine.v2.sampler import StepOutput, StepOutputs, TwistSampler
 from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
 from vllm_twist.engine.worker import TwistWorkerMixin
@@ -53,6 +58,7 @@ OVERRIDDEN = [
     *((TwistSchedulerMixin, Scheduler, name) for name in (
         "add_request", "schedule", "update_from_output", "finish_requests", "reset_prefix_cache",
         "get_request_counts", "has_finished_requests", "_update_request_with_output",
+        *(["has_request"] if VLLM >= (0, 33) else []),
     )),
     (TwistSchedulerMixin, AsyncScheduler, "_update_request_with_output"),
     *((TwistWorkerMixin, base, name) for base in (Worker, CPUWorker) for name in (
@@ -64,7 +70,7 @@ OVERRIDDEN = [
     *((TwistLogitsProcessorV2, LogitsProcessorV2, name) for name in (
         "__init__", "add_request", "apply_staged_writes", "apply",
     )),
-    *((TwistSampler, Sampler, name) for name in ("__call__", "_sample_random")),
+    (TwistSampler, Sampler, "__call__"),
     # Not bases, but what the runner expects in their places.
     *((StepOutputs, AuxOutputWorkerConnector, name) for name in ("begin_step", "prepare_output", "close")),
     *((StepOutput, PendingAuxOutput, name) for name in ("enqueue_cpu_copy", "process_output")),
@@ -74,6 +80,58 @@ OVERRIDDEN = [
 @pytest.mark.parametrize("ours, theirs, name", OVERRIDDEN, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_overrides_have_the_signatures_of_what_they_override(ours: type, theirs: type, name: str):
     assert parameters(getattr(ours, name)) == parameters(getattr(theirs, name))
+
+
+#: What moved between the supported versions, by the minor version from which on it is so: parameters, fields, methods.
+FLAGS = {(0, 32): ["use_fused_sampler"], (0, 33): ["has_topp_only_rows", "use_fused_sampler"]}
+TRUNCATION = {(0, 32): ["logits", "k", "p"], (0, 33): ["logits", "k", "p", "has_topp_only_rows"]}
+NEW = {(0, 33): [(EngineCoreOutput, "error"), (Scheduler, "has_request")]}
+
+
+def test_the_sampler_hands_over_its_flags_as_it_did():
+    """``TwistSampler._sample_random`` takes them by place: those of its version, the sampler that truncates last."""
+    theirs, ours = (list(inspect.signature(owner._sample_random).parameters) for owner in (Sampler, TwistSampler))
+    assert ours[-1] == "flags" and theirs[: len(ours) - 1] == ours[:-1]
+    assert theirs[len(ours) - 1 :] == FLAGS[VLLM]
+    assert list(inspect.signature(apply_top_k_top_p).parameters) == TRUNCATION[VLLM]
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(Sampler.sample))))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_sample_random"
+    ]
+    assert [arg.id for arg in call.args if isinstance(arg, ast.Name)] == theirs[1:] and not call.keywords
+
+
+def test_what_is_new_is_there_from_its_version_on():
+    for version, news in NEW.items():
+        for owner, name in news:
+            assert hasattr(owner, name) == (version <= VLLM), f"{name} of {owner.__name__}"
+    # Every abstract method of a scheduler has its place in the class that we derive from.
+    assert not getattr(TwistAsyncScheduler, "__abstractmethods__", None)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_flags_reach_the_truncation_and_vllms_own_draw(monkeypatch: pytest.MonkeyPatch, told: bool):
+    flags = (told,) * len(FLAGS[VLLM])
+    sampler, got = object.__new__(TwistSampler), []
+    sampler.found = None
+    monkeypatch.setattr(Sampler, "_sample_random", lambda self, *args: got.append(args))
+    sampler._sample_random(*range(6), *flags)
+    sampler.found = SimpleNamespace(rows=None)
+    sampler.readout = SimpleNamespace(twist=lambda *args: None)
+    sampler.table = SimpleNamespace(
+        conditions_of=lambda found: None, backend=None, step=lambda *args: SimpleNamespace(token=0)
+    )
+    monkeypatch.setattr(sampler_v2, "apply_top_k_top_p", lambda *args: got.append(args))
+    sampler._sample_random(*range(6), *flags)
+    assert got == [(*range(6), *flags), (0, 4, 5, *flags[:-1])]
+
+
+def test_failures_reach_the_client_by_vllms_own_way_where_there_is_one():
+    compat.patch_frontend()
+    assert hasattr(GenerateBaseServing._raise_if_error, "__wrapped__") == (VLLM < (0, 33))
+    fields = versions.error_fields("why")
+    assert [error.to_exception().args for error in fields.values()] == ([("why",)] if VLLM >= (0, 33) else [])
 
 
 @pytest.mark.parametrize("name", ["forward_native", "forward_cpu", "forward_cuda"])
@@ -95,7 +153,7 @@ def test_temperature_is_divided_as_vllm_divides_it():
 def test_every_override_is_listed():
     """A method that shares its name with the base but is missing above would drift unseen."""
     listed = {(ours, name) for ours, _, name in OVERRIDDEN} | {(TwistSchedulerMixin, "__init__")}
-    listed.add((TwistSampler, "__init__"))
+    listed |= {(TwistSampler, "__init__"), (TwistSampler, "_sample_random")}
     bases = (
         (TwistSchedulerMixin, Scheduler),
         (TwistSchedulerMixin, AsyncScheduler),

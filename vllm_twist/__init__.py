@@ -17,7 +17,7 @@ from vllm_twist.results import results as results
 
 __version__ = "0.1.0"
 #: The range of vLLM that the engine part supports, and the only place that says so.
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.32,<0.34"
 
 if TYPE_CHECKING:
     from vllm_twist.config import RequestConfig as RequestConfig

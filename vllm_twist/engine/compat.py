@@ -14,8 +14,8 @@
     why: with several prompts only the first one's ``kv_transfer_params`` survive
     can go when: they are kept per choice
 ``GenerateBaseServing._raise_if_error``
-    why: the reason why a request failed does not reach the client
-    can go when: outputs carry an error message
+    why: before vLLM 0.33 the reason why a request failed does not reach the client
+    can go when: 0.32 is no longer supported; from 0.33 on it is not applied
 
 ``SamplingParams`` as named in the modules of ``PLAIN_MODULES``
     why: beam search and scores are made of requests of their own, which drop what the client sent with its one
@@ -216,6 +216,7 @@ def patch_frontend() -> None:
     from vllm.v1.engine.output_processor import RequestState
 
     from vllm_twist.engine.admission import admit, is_twisted
+    from vllm_twist.engine.versions import OUTPUTS_CARRY_ERRORS
 
     def wrap_process_inputs(original: Callable) -> Callable:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +241,7 @@ def patch_frontend() -> None:
             if kv_transfer_params and RESULT_KEY in kv_transfer_params:
                 (entry,) = kv_transfer_params[RESULT_KEY]
                 parent = self.parent_req
-                if "error" in entry:
+                if "error" in entry and not OUTPUTS_CARRY_ERRORS:
                     _remember_failure((parent or self).external_req_id, entry["error"])
                 if parent is not None:
                     entries = _choices.setdefault(parent, {})
@@ -279,6 +280,7 @@ def _server_patches() -> list[tuple[Any, str, Wrapper]]:
     from vllm.exceptions import GenerationError
 
     from vllm_twist.engine.admission import check_body, is_twisted
+    from vllm_twist.engine.versions import OUTPUTS_CARRY_ERRORS
 
     def wrap_response(original: Callable) -> Callable:
         def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +329,7 @@ def _server_patches() -> list[tuple[Any, str, Wrapper]]:
 
     return [
         (OpenAIServingCompletion, "request_output_to_completion_response", wrap_response),
-        (GenerateBaseServing, "_raise_if_error", wrap_raise),
+        *([] if OUTPUTS_CARRY_ERRORS else [(GenerateBaseServing, "_raise_if_error", wrap_raise)]),
         (BaseServing, "_check_model", wrap_check),
         # Whose requests have lost the keys that they do not know.
         (AnthropicServingMessages, "create_messages", wrap_raw),

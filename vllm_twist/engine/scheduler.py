@@ -35,6 +35,7 @@ from vllm_twist.engine.admission import (
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
 from vllm_twist.engine.v1.state import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
+from vllm_twist.engine.versions import error_fields
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
@@ -197,7 +198,9 @@ class TwistSchedulerMixin(_Base):
         something after it needs that; where nothing does, the step does it in passing.
         """
         v2 = self.use_v2_model_runner
-        whole = params.min_p == 0 and params.top_k <= 0 and params.top_p >= 1
+        # A k beyond the vocabulary takes nothing away; the function that truncates would fail.
+        top_k = params.top_k if params.top_k < self.vllm_config.model_config.get_vocab_size() else 0
+        whole = params.min_p == 0 and top_k <= 0 and params.top_p >= 1
         spec = LaneSpec(
             lane_id=group.id,
             group_id=group.id,
@@ -210,7 +213,7 @@ class TwistSchedulerMixin(_Base):
             scale=group.settings.scale,
             base_proposal=group.settings.proposal == "base",
             pinned=group.settings.pinned,
-            top_k=0 if v2 else params.top_k,
+            top_k=0 if v2 else top_k,
             top_p=1.0 if v2 else params.top_p,
             num_logprobs=self._num_logprobs(params),
             inverse_temperature=1 / params.temperature if v2 and whole else 1.0,
@@ -724,6 +727,7 @@ class TwistSchedulerMixin(_Base):
             new_token_ids=[],
             finish_reason=FinishReason.ERROR,
             kv_transfer_params={RESULT_KEY: [{"error": message}]},
+            **error_fields(message),
             events=group.events or None,
             trace_headers=leader.trace_headers,
         )
@@ -776,6 +780,15 @@ class TwistSchedulerMixin(_Base):
         return finished + staged + super().finish_requests(wanted, finished_status)
 
     # ---- counts ---------------------------------------------------------------------------
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request is here, be it staged, in a group whose phi is being evaluated, or inside (vLLM 0.33)."""
+        return (
+            request_id in self.requests
+            or request_id in self.groups
+            or any(request.request_id == request_id for request in self.staged)
+            or (self.scorer is not None and request_id in self.scorer.pending)
+        )
 
     def get_request_counts(self) -> tuple[int, int]:
         """Count staged and scored requests as waiting, or the engine would go idle over them."""
