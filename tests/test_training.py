@@ -17,11 +17,11 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
-from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
+from vllm_twist import TwistHead, TwistHeadConfig
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
+from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer, attention, teacher_forcing
 from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
-from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
@@ -785,7 +785,7 @@ def test_exact_positives_have_limits(small: Tiny, monkeypatch):
         ValueError, match="`positives` must not be exact for a potential above 1, got log phi up to 0.5"
     ):
         trainer.train(PROMPTS)
-    monkeypatch.setattr(training, "MAX_ROUNDS", 3)
+    monkeypatch.setattr("vllm_twist.training.trainer.MAX_ROUNDS", 3)
     trainer = make(small, lambda ids, texts: [-30.0] * len(ids), positives="exact", updates=1, particles=8)
     with pytest.raises(
         ValueError, match="for a target this rare: 24 samples of p0 gave 0 of 8; use approximate or smc"

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_twist.training import attention
 from vllm_twist.objectives import (
     Positives,
     ctl_loss,
@@ -38,9 +37,11 @@ from vllm_twist.objectives import (
     sixo_loss,
 )
 from vllm_twist.potentials import Continuation, LogPhi, Potential, load_potential
-from vllm_twist.training.processes import Processes
 from vllm_twist.prompts import Prompt, encode_prompt
 from vllm_twist.resampling import ess, log_mean_exp
+from vllm_twist.training import attention
+from vllm_twist.training.config import TrainingConfig
+from vllm_twist.training.processes import Processes
 from vllm_twist.training.samplers.base import (
     DrawRequest,
     Draws,
@@ -51,7 +52,6 @@ from vllm_twist.training.samplers.base import (
     logits_of,
 )
 from vllm_twist.training.teacher_forcing import Scores, score
-from vllm_twist.training.config import TrainingConfig
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
 STATE_NAME = "training_state.pt"
