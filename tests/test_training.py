@@ -21,7 +21,7 @@ from vllm_twist import TwistHead, TwistHeadConfig
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
 from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer, attention, teacher_forcing
-from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
+from vllm_twist.training.samplers import LAWS, DrawRequest, Draws, TransformersSampler
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
@@ -657,7 +657,7 @@ import os, random, signal, sys, threading
 import numpy, torch
 from vllm_twist import TwistHead
 from vllm_twist.training.samplers.vllm import EngineSampler
-from vllm_twist.training.samplers.base import DrawRequest
+from vllm_twist.training.samplers import DrawRequest
 
 def start():
     options = dict(block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=8, dtype="float32")

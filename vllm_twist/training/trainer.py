@@ -46,11 +46,11 @@ from vllm_twist.training.samplers.base import (
     DrawRequest,
     Draws,
     Sampler,
-    TransformersSampler,
     check_length,
     end_token_ids,
     logits_of,
 )
+from vllm_twist.training.samplers.transformers import TransformersSampler
 from vllm_twist.training.teacher_forcing import Scores, score
 from vllm_twist.twist import TwistHead, TwistHeadConfig
 
