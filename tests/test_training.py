@@ -217,8 +217,8 @@ def test_exact_positives_are_samples_of_sigma(small: Tiny):
     """Chi-square against sigma, odds of a false alarm 1e-4; p0 fails it."""
     trainer = make(small, objective="dpg", proposal_only=True, positives="exact", particles=1000)
     trainer._start(4)
-    target = trainer._target(0, PROMPTS)
-    trainer._find_exact([target])
+    target = trainer._drawing.target(0, PROMPTS)
+    trainer._drawing.find_exact(trainer.sampler, [target])
     assert len(target.exact) == 1000
     rows = outputs_of(small)
     log_p, _, log_sigma = laws(trainer, PROMPTS[0], rows)
@@ -785,7 +785,7 @@ def test_exact_positives_have_limits(small: Tiny, monkeypatch):
         ValueError, match="`positives` must not be exact for a potential above 1, got log phi up to 0.5"
     ):
         trainer.train(PROMPTS)
-    monkeypatch.setattr("vllm_twist.training.trainer.MAX_ROUNDS", 3)
+    monkeypatch.setattr("vllm_twist.training.draws.MAX_ROUNDS", 3)
     trainer = make(small, lambda ids, texts: [-30.0] * len(ids), positives="exact", updates=1, particles=8)
     with pytest.raises(
         ValueError, match="for a target this rare: 24 samples of p0 gave 0 of 8; use approximate or smc"
