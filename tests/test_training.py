@@ -358,6 +358,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(small: Tiny, tmp_path: Path, opt
     assert all(torch.equal(saved[name], value) for name, value in whole.head.state_dict().items())
 
 
+def test_what_is_saved_by_hand_is_resumed(small: Tiny, tmp_path: Path):
+    """After ``train``, after ``step``, and before the first update."""
+    whole = make(small, updates=4, particles=4)
+    whole.train(PROMPTS)
+    by_hand = make(small, updates=2, particles=4)
+    by_hand.save(tmp_path / "fresh")
+    by_hand.train(PROMPTS[:2])
+    by_hand.save(tmp_path / "trained")
+    stepped = make(small, particles=4)
+    stepped.step(PROMPTS)
+    stepped.save(tmp_path / "stepped")
+    for folder in ("fresh", "trained", "stepped"):
+        resumed = make(small, updates=4, particles=4)
+        resumed.train(PROMPTS, tmp_path / folder, resume=True)
+        assert_same_run(whole, resumed)
+
+
 def test_what_was_not_the_same_run_is_not_resumed(small: Tiny, tmp_path: Path):
     make(small, updates=2, particles=4).train(PROMPTS, tmp_path)
     for changes, message in [

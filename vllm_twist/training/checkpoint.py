@@ -42,6 +42,8 @@ def load_state(out: str | Path | None, config: TrainingConfig, run: dict[str, An
     defaults = {option.name: option.default for option in dataclasses.fields(TrainingConfig)}
     then = {**defaults, **state["config"], **{name: state[name] for name in run}}
     for name, value in now.items():
+        if name == "prompts" and not then[name]:
+            continue  # saved before the first update
         if then.get(name) != value:
             raise ValueError(
                 f"`{name}` must be that of the run to resume, {then.get(name)!r}, got {value!r}: pass the same, or "

@@ -105,6 +105,7 @@ class TwistTrainer:
         self.head.to(self.model.device, torch.float32).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=config.lr)
         self.update = 0
+        self._prompts: Sequence[Sequence[int]] = ()
         self.sampler = sampler
         self._packed = config.attention in attention.PACKED
         self._engine_args = dict(engine_args or {})
@@ -146,9 +147,9 @@ class TwistTrainer:
                 run, or a batch from which nothing can be learned.
         """
         rows = self._encode(prompts)
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+        self._prompts = rows
         if resume:
-            state = load_state(out, self.config, self._run(digest), self.model.device)
+            state = load_state(out, self.config, self._run(), self.model.device)
             self.head.load_state_dict(state["head"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.update = state["update"]
@@ -161,7 +162,7 @@ class TwistTrainer:
                 for name, value in history[-1].items():
                     writer.add_scalar(name, value, self.update)
             if out is not None and (self.update % self.config.save_every == 0 or self.update == self.config.updates):
-                self.save(out, digest)
+                self.save(out)
         if writer is not None:
             writer.close()
         return history
@@ -191,6 +192,7 @@ class TwistTrainer:
         single-particle upper bound of log Z minus the lower one, KL(q || sigma) + KL(sigma || q).
         """
         began = time.perf_counter()
+        self._prompts = prompts
         if self.sampler is None:
             self._start(max(map(len, prompts)))
         assert self.sampler is not None
@@ -291,22 +293,24 @@ class TwistTrainer:
         )
 
     # -- Checkpoints
-    def save(self, out: str | Path, digest: str = "") -> None:
+    def save(self, out: str | Path) -> None:
         """Write the head, ready to be served, and what ``train(resume=True)`` goes on from."""
         if self._processes.is_main:
             self.head.save_pretrained(out)
             state = {
                 "update": self.update,
                 "config": dataclasses.asdict(self.config),
-                **self._run(digest),
+                **self._run(),
                 "head": self.head.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
             save_state(Path(out), state)
         self._processes.wait()
 
-    def _run(self, digest: str) -> dict[str, Any]:
-        """Return what else has to be as in the run that a checkpoint is of."""
+    def _run(self) -> dict[str, Any]:
+        """Return what else has to be as in the run that a checkpoint is of; before the first update any prompts do."""
+        rows = [tuple(row) for row in self._prompts]
+        digest = hashlib.sha256(repr(rows).encode()).hexdigest() if rows else ""
         return {"prompts": digest, "processes": self._processes.world}
 
 
