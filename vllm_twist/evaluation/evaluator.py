@@ -33,7 +33,7 @@ from vllm_twist.config import PROPOSALS
 from vllm_twist.model_options import ModelOptions
 from vllm_twist.potentials import Continuation, Potential
 from vllm_twist.prompts import Prompt, encode_prompt
-from vllm_twist.results import results
+from vllm_twist.results import results, reweigh
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,8 @@ class _Prompt:
         for group, potential in zip(groups, potentials, strict=True):
             # Back from normalised weights; phi in the place of psi.
             members = group.particles or []
-            log_w = [p.log_weight + group.log_z + next(log_phi[id(potential)]) - p.log_psi for p in members]
+            phi = log_phi[id(potential)]
+            log_w = [reweigh(p.log_weight + group.log_z, p.log_psi, next(phi)) for p in members]
             values.append(float(torch.tensor(log_w, dtype=torch.float64).logsumexp(0)))
         return values
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_twist.bounds import accepted
 from vllm_twist.objectives import (
     Positives,
     ctl_loss,
@@ -23,6 +24,7 @@ from vllm_twist.objectives import (
 )
 from vllm_twist.potentials import Continuation, Potential
 from vllm_twist.resampling import ess, log_mean_exp
+from vllm_twist.results import reweigh
 from vllm_twist.training.config import TrainingConfig
 from vllm_twist.training.samplers.base import DrawRequest, Draws, Sampler, check_length
 from vllm_twist.training.teacher_forcing import Scores
@@ -170,13 +172,13 @@ class Drawing:
                         f"`positives` must not be exact for a potential above 1, got log phi up to "
                         f"{log_phi.max():g}: subtract its upper bound, or use approximate or smc."
                     )
-                uniforms = torch.rand(count, generator=torch.Generator().manual_seed(request.seed ^ 1))
-                accepted = (uniforms.log() < log_phi.cpu()).nonzero()[:, 0].tolist()
-                target.exact.extend(draws.token_ids[k] for k in accepted[: count - len(target.exact)])
-        found = min(len(target.exact) for target in targets)
+                keep = accepted(log_phi.cpu(), 0.0, torch.Generator().manual_seed(request.seed ^ 1))
+                found = keep.nonzero()[:, 0].tolist()
+                target.exact.extend(draws.token_ids[k] for k in found[: count - len(target.exact)])
+        fewest = min(len(target.exact) for target in targets)
         raise ValueError(
-            f"`positives` must not be exact for a target this rare: {MAX_ROUNDS * count} samples of p0 gave {found} of "
-            f"{count}; use approximate or smc."
+            f"`positives` must not be exact for a target this rare: {MAX_ROUNDS * count} samples of p0 gave "
+            f"{fewest} of {count}; use approximate or smc."
         )
 
     def find_conditions(self, sampler: Sampler, targets: list[Target]) -> int:
@@ -215,7 +217,7 @@ class Drawing:
             log_w = log_weights(scores.log_p, scores.log_q.detach(), log_phi, scores.mask)
         elif law == "smc":
             drawn = torch.tensor(draws.log_w, device=log_phi.device)
-            log_w = drawn + log_phi - scores.final(scores.log_psi.detach())
+            log_w = reweigh(drawn, scores.final(scores.log_psi.detach()), log_phi)
         else:
             log_w = None
         return Drawn(scores, log_phi, log_w)
