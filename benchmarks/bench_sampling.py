@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from benchmarks.report import HEAD, MODEL, append_row, hardware, quartiles, spread, versions
 from vllm_twist import TwistHead, results
 from vllm_twist.results import TwistResult
-from vllm_twist.training.samplers.base import DrawRequest
+from vllm_twist.training.samplers import DrawRequest
 
 #: By how much sequence log-probabilities of two sides may differ (nats): 64 tokens of rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.0, torch.float16: 0.5}

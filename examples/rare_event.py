@@ -31,8 +31,8 @@ from examples.common import (
 from vllm_twist.bounds import Z95
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, PromptEvaluation, Row, plot
 from vllm_twist.potentials import Classifier
-from vllm_twist.training.samplers.base import DrawRequest
 from vllm_twist.training import TrainingConfig, TwistTrainer
+from vllm_twist.training.samplers import DrawRequest
 
 PROMPT = "This blender is fabulous."
 MAX_TOKENS = 8

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm_twist.objectives import ctl_loss, log_weights
 from vllm_twist.potentials import TokenLogistic, load_potential
 from vllm_twist.resampling import ess, log_mean_exp
-from vllm_twist.training.samplers.base import DrawRequest, TransformersSampler
 from vllm_twist.training import TrainingConfig, TwistTrainer
+from vllm_twist.training.samplers import DrawRequest, TransformersSampler
 from vllm_twist.twist import TwistHead
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_twist import TwistHead, cli_train
+from vllm_twist import TwistHead
 from vllm_twist.cli import main
+from vllm_twist.cli import train as cli_train
 from vllm_twist.training import TrainingConfig
 
 

@@ -16,8 +16,8 @@ import torch
 from test_engine_exact import PROMPTS
 from tiny import Law, Tiny, enumerate_law
 
-from vllm_twist.cli import eval as cli_eval
 from vllm_twist.bounds import Estimate
+from vllm_twist.cli import eval as cli_eval
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table
 from vllm_twist.model_options import ModelOptions
@@ -267,7 +267,7 @@ def test_prompts_may_be_chats(repo_root: Path) -> None:
     """Through the template of the model's tokenizer, and shown as what the model reads."""
     from transformers import AutoTokenizer
 
-    from vllm_twist.evaluation import _Prompt
+    from vllm_twist.evaluation.evaluator import _Prompt
 
     tokenizer = AutoTokenizer.from_pretrained(repo_root / "models/tiny-reviews")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -323,7 +323,7 @@ def test_bad_flags(
 
 def test_draws_that_do_not_fit_into_one_step(engine: Any, small: Tiny) -> None:
     """Prompts of more tokens than a step takes are drawn for in turns, whose outputs are not each other's."""
-    from vllm_twist.evaluation import _Prompt
+    from vllm_twist.evaluation.evaluator import _Prompt
 
     llm = engine(small, max_num_batched_tokens=64)
     prompt = _Prompt(Evaluator(WithTokenizer(llm), Function(log_phi), EvaluationConfig(particles=(1,))), 0, "x")
@@ -346,7 +346,7 @@ def test_reweighing_is_by_particle(engine: Any, small: Tiny) -> None:
                 values.append(float(log_psi[0, row[-1]]))
             return values
 
-    from vllm_twist.evaluation import _Prompt
+    from vllm_twist.evaluation.evaluator import _Prompt
 
     config = EvaluationConfig(HORIZON, (4,), repeats=5, samples=2)
     llm = engine(small)

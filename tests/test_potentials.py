@@ -487,7 +487,7 @@ def test_a_score_does_not_depend_on_the_batch(monkeypatch, kind, side):
     shapes = []
     model.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
     for most in (2**14, 20):
-        monkeypatch.setattr(potentials, "MAX_TOKENS", most)
+        monkeypatch.setattr("vllm_twist.potentials.models.MAX_TOKENS", most)
         assert Classifier(model, tokenizer, 1)([[1]] * 5, texts) == pytest.approx(expected, abs=1e-5)
     assert all(rows == 1 or rows * length <= 20 for rows, length in shapes[-3:])
     if kind != "xlnet":

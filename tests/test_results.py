@@ -83,12 +83,30 @@ def test_error_is_raised_with_its_message() -> None:
 
 
 def test_public_names() -> None:
-    """``from vllm_twist import results`` is the function, though a module has the same name."""
+    """``vllm_twist.results`` is the module and can be called, in whatever order the two are imported."""
     import importlib
 
-    importlib.import_module("vllm_twist.results")
-    assert vllm_twist.results is results
+    assert importlib.import_module("vllm_twist.results") is vllm_twist.results
+    assert vllm_twist.results.results is vllm_twist.results_of is results
+    assert vllm_twist.results({RESULT_KEY: [ENTRY]}) == results({RESULT_KEY: [ENTRY]})
     assert vllm_twist.TwistResult is TwistResult and vllm_twist.Particle is Particle
+    for name in vllm_twist.__all__:
+        assert getattr(vllm_twist, name) is not None
+
+
+def test_particles_have_vllms_names() -> None:
+    """What the engine sends is kept, what an older one did not send follows from ``finished``."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+    sent = {"finish_reason": "stop", "stop_reason": 7}
+    params = {RESULT_KEY: [{**ENTRY, "particles": [*PARTICLES, {**PARTICLES[0], **sent}]}]}
+    (got,) = results(params, tokenizer)
+    assert got.particles is not None
+    assert [p.finish_reason for p in got.particles] == ["stop", "length", "stop"]
+    assert [p.stop_reason for p in got.particles] == [None, None, 7]
+    assert [p.cumulative_logprob for p in got.particles] == [-2.0, -4.0, -2.0]
+    assert [p.text for p in got.particles] == ["5 1", "5 6 7", "5 1"]
+    (got,) = results(params)
+    assert got.particles is not None and [p.text for p in got.particles] == [None] * 3
 
 
 def test_weights_of_zero_survive_json() -> None:

@@ -17,11 +17,11 @@ import torch
 from tiny import Tiny
 from torch import Tensor
 
-from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
+from vllm_twist import TwistHead, TwistHeadConfig
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
-from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
-from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
+from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer, attention, teacher_forcing
+from vllm_twist.training.samplers import LAWS, DrawRequest, Draws, TransformersSampler
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
@@ -217,8 +217,8 @@ def test_exact_positives_are_samples_of_sigma(small: Tiny):
     """Chi-square against sigma, odds of a false alarm 1e-4; p0 fails it."""
     trainer = make(small, objective="dpg", proposal_only=True, positives="exact", particles=1000)
     trainer._start(4)
-    target = trainer._target(0, PROMPTS)
-    trainer._find_exact([target])
+    target = trainer._drawing.target(0, PROMPTS)
+    trainer._drawing.find_exact(trainer.sampler, [target])
     assert len(target.exact) == 1000
     rows = outputs_of(small)
     log_p, _, log_sigma = laws(trainer, PROMPTS[0], rows)
@@ -356,6 +356,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(small: Tiny, tmp_path: Path, opt
     assert_same_run(whole, resumed)
     saved = TwistHead.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in whole.head.state_dict().items())
+
+
+def test_what_is_saved_by_hand_is_resumed(small: Tiny, tmp_path: Path):
+    """After ``train``, after ``step``, and before the first update."""
+    whole = make(small, updates=4, particles=4)
+    whole.train(PROMPTS)
+    by_hand = make(small, updates=2, particles=4)
+    by_hand.save(tmp_path / "fresh")
+    by_hand.train(PROMPTS[:2])
+    by_hand.save(tmp_path / "trained")
+    stepped = make(small, particles=4)
+    stepped.step(PROMPTS)
+    stepped.save(tmp_path / "stepped")
+    for folder in ("fresh", "trained", "stepped"):
+        resumed = make(small, updates=4, particles=4)
+        resumed.train(PROMPTS, tmp_path / folder, resume=True)
+        assert_same_run(whole, resumed)
 
 
 def test_what_was_not_the_same_run_is_not_resumed(small: Tiny, tmp_path: Path):
@@ -657,7 +674,7 @@ import os, random, signal, sys, threading
 import numpy, torch
 from vllm_twist import TwistHead
 from vllm_twist.training.samplers.vllm import EngineSampler
-from vllm_twist.training.samplers.base import DrawRequest
+from vllm_twist.training.samplers import DrawRequest
 
 def start():
     options = dict(block_size=32, kv_cache_memory_bytes=2**26, max_num_seqs=8, dtype="float32")
@@ -785,7 +802,7 @@ def test_exact_positives_have_limits(small: Tiny, monkeypatch):
         ValueError, match="`positives` must not be exact for a potential above 1, got log phi up to 0.5"
     ):
         trainer.train(PROMPTS)
-    monkeypatch.setattr(training, "MAX_ROUNDS", 3)
+    monkeypatch.setattr("vllm_twist.training.draws.MAX_ROUNDS", 3)
     trainer = make(small, lambda ids, texts: [-30.0] * len(ids), positives="exact", updates=1, particles=8)
     with pytest.raises(
         ValueError, match="for a target this rare: 24 samples of p0 gave 0 of 8; use approximate or smc"

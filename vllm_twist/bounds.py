@@ -145,6 +145,15 @@ def kl_sigma_q(g_q: Estimate, log_z: Estimate) -> Estimate:
 Sequences = list[list[int]]
 
 
+def accepted(log_phi: Tensor, log_bound: float, generator: torch.Generator) -> Tensor:
+    """Return which of N samples of p0 rejection sampling keeps: bool [N], each with probability phi / bound.
+
+    Those are exact samples of sigma, independent of each other. ``log_phi`` [N] must not exceed ``log_bound``.
+    """
+    uniforms = torch.rand(len(log_phi), dtype=log_phi.dtype, generator=generator)
+    return uniforms.log() < log_phi - log_bound
+
+
 def rejection(
     draw: Callable[[int], Sequences],
     log_phi: Callable[[Sequences], Sequence[float]],
@@ -172,9 +181,9 @@ def rejection(
     Raises:
         ValueError: a log phi above the bound.
     """
-    accepted: Sequences = []
+    exact: Sequences = []
     drawn = 0
-    while len(accepted) < count and drawn < max_draws:
+    while len(exact) < count and drawn < max_draws:
         samples = draw(min(batch, max_draws - drawn))
         drawn += len(samples)
         values = torch.tensor(log_phi(samples), dtype=torch.float64)
@@ -183,10 +192,9 @@ def rejection(
                 f"`log_bound` must be an upper bound of log phi, got {log_bound:g}, but a sample has "
                 f"{float(values.max()):g}: raise it."
             )
-        uniforms = torch.rand(len(samples), dtype=torch.float64, generator=generator)
-        accept = uniforms.log() <= values - log_bound
-        accepted += [sample for sample, yes in zip(samples, accept.tolist(), strict=True) if yes]
-    return accepted[:count], drawn
+        keep = accepted(values, log_bound, generator).tolist()
+        exact += [sample for sample, kept in zip(samples, keep, strict=True) if kept]
+    return exact[:count], drawn
 
 
 def ancestral(outputs: Sequences, horizon: int, length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 #: Key of the results in ``RequestOutput.kv_transfer_params``, the engine's one dict channel.
 RESULT_KEY = "twist"
+
+Value = TypeVar("Value", bound=Any)
+
+
+def reweigh(log_w: Value, log_psi: Value, log_phi: Value) -> Value:
+    """Return log weights towards p0 phi of particles weighed towards p0 psi: phi in the place of the last psi.
+
+    All in nats, numbers or tensors of one shape; ``log_psi`` is that of the last token.
+    """
+    return log_w + log_phi - log_psi
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,9 @@ class Particle:
         log_prob: sum of log p0 over its tokens (nats).
         finished: True if it ended with EOS or a stop token, False if it was cut at its length.
         log_psi: log psi of its last token, in whose place phi stands where the engine has a potential.
+        text: its tokens as text, where ``results_of`` was given a tokenizer.
+        finish_reason: "stop" or "length", as vLLM and OpenAI's API have it.
+        stop_reason: the stop token or stop string that ended it, None for EOS; as in vLLM.
     """
 
     token_ids: list[int]
@@ -26,6 +41,18 @@ class Particle:
     log_prob: float
     finished: bool
     log_psi: float = 0.0
+    text: str | None = None
+    finish_reason: str = ""
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.finish_reason:
+            object.__setattr__(self, "finish_reason", "stop" if self.finished else "length")
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """``log_prob`` by the name that it has in vLLM's outputs."""
+        return self.log_prob
 
 
 @dataclass(frozen=True)
@@ -67,13 +94,14 @@ class TwistResult:
     trace: list[TraceStep] | None = None
 
 
-def results(output: Any) -> list[TwistResult]:
-    """Return one ``TwistResult`` per completion, in order.
+def results_of(output: Any, tokenizer: Any = None) -> list[TwistResult]:
+    """Return one ``TwistResult`` per completion, in order; also called ``results``.
 
     Args:
         output: a vLLM ``RequestOutput``, of ``LLM.generate`` or ``LLM.chat``; what the client of ``openai``
             returns for completions and chats; or a server's JSON response, whole or its
             ``kv_transfer_params`` alone.
+        tokenizer: the model's, such as ``llm.get_tokenizer()``, for the particles' ``text``.
 
     Raises:
         ValueError: the request was not twisted.
@@ -97,7 +125,7 @@ def results(output: Any) -> list[TwistResult]:
             TwistResult(
                 **{
                     **entry,
-                    "particles": None if particles is None else [_particle(p) for p in particles],
+                    "particles": None if particles is None else [_particle(p, tokenizer) for p in particles],
                     "trace": None if trace is None else [_trace_step(step) for step in trace],
                 }
             )
@@ -105,10 +133,13 @@ def results(output: Any) -> list[TwistResult]:
     return parsed
 
 
-def _particle(values: dict[str, Any]) -> Particle:
+def _particle(values: dict[str, Any], tokenizer: Any) -> Particle:
     log_weight = values["log_weight"]
     # JSON has no -inf.
-    return Particle(**{**values, "log_weight": float("-inf") if log_weight is None else log_weight})
+    found = {**values, "log_weight": float("-inf") if log_weight is None else log_weight}
+    if tokenizer is not None:
+        found["text"] = tokenizer.decode(values["token_ids"], skip_special_tokens=True)
+    return Particle(**found)
 
 
 def _trace_step(values: dict[str, Any]) -> TraceStep:
@@ -118,3 +149,19 @@ def _trace_step(values: dict[str, Any]) -> TraceStep:
         [float("-inf") if w is None and a is not None else w for a, w in zip(ancestors, log_w, strict=True)],
         values["resampled"],
     )
+
+
+results = results_of
+
+
+class _Callable(ModuleType):
+    """This module, which can be called: ``vllm_twist.results`` is the function's name as well as the module's.
+
+    Without this one of the two had to hide the other, and which one depended on who imported what first.
+    """
+
+    def __call__(self, output: Any, tokenizer: Any = None) -> list[TwistResult]:
+        return results_of(output, tokenizer)
+
+
+sys.modules[__name__].__class__ = _Callable

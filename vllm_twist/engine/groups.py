@@ -183,6 +183,8 @@ class Group:
                     "log_prob": lane.log_p,
                     "log_psi": lane.log_psi,
                     "finished": lane.stopped,
+                    "finish_reason": "stop" if lane.stopped else "length",
+                    "stop_reason": lane.stop_reason,
                 }
                 for lane, log_w in zip(self.lanes.values(), normalised, strict=True)
             ]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_twist.training import attention
 from vllm_twist.config import _flag, _integer, _number, _one_of, _option, did_you_mean
 from vllm_twist.model_options import DTYPES, ModelOptions
 from vllm_twist.objectives import OBJECTIVES, get_objective
+from vllm_twist.training import attention
 from vllm_twist.twist import TwistHead
 
 SAMPLERS = ("auto", "vllm", "transformers")

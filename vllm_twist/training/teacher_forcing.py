@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm_twist.training import attention
 from vllm_twist.objectives import log_normaliser
+from vllm_twist.training import attention
 from vllm_twist.training.samplers.base import condition_state, head_output, logits_of, prefill
 from vllm_twist.twist import TwistHead
 

@@ -1,0 +1,56 @@
+"""The command ``vllm-twist``: one subcommand per job.
+
+A subcommand is a module with ``add_parser(subparsers)``, which adds a parser of its name, and
+``run(args)``, which does the job. Only the module of the command at hand is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+#: Module and summary by name of the command.
+COMMANDS = {
+    "eval": ("vllm_twist.cli.eval", "bounds of log Z and divergences of a twist head"),
+    "trace": ("vllm_twist.cli.trace", "one group's life as a picture"),
+    "train": ("vllm_twist.cli.train", "learn a twist head for a potential"),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, config: Any) -> None:
+    """Add a flag for each field of a config class that has a ``help``, those of its base class last."""
+    for option in sorted(dataclasses.fields(config), key=lambda option: bool(option.kw_only)):
+        if "help" not in option.metadata:
+            continue
+        flag = f"--{option.name.replace('_', '-')}"
+        text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
+        if isinstance(option.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
+        else:
+            kind = str if option.default is None else type(option.default)
+            parser.add_argument(flag, type=kind, default=option.default, help=text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``vllm-twist``; return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="vllm-twist", description="Twisted sequential Monte Carlo inside vLLM.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    modules = {}
+    for name, (module, summary) in COMMANDS.items():
+        if argv[:1] == [name]:
+            modules[name] = importlib.import_module(module)
+            modules[name].add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    args = parser.parse_args(argv)
+    try:
+        modules[args.command].run(args)
+    except ValueError as error:
+        print(f"vllm-twist {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
