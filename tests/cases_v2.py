@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import light
 import pytest
 import torch
-from paths import PATHS, Path_, outcome
-from runners import RUNNER
+from support import light_interpreter
+from support.models import Tiny, random_model
+from support.runners import RUNNER
+from support.scenarios import PATHS, Path_, outcome
 from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny, random_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,9 +42,9 @@ def test_light_kernels_store_what_triton_says(engine, wide: Tiny, monkeypatch: p
     from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 
     generate(engine(wide), [prompt_of(5)], params(max_tokens=2, twist_particles=2))
-    assert {"_gather_block_tables_kernel", "_post_update_kernel"} < set(light.launches) and not light.left
-    monkeypatch.setattr(light, "launches", collections.Counter())
-    monkeypatch.setattr(light.language, "where", lambda condition, then, otherwise: then)
+    assert {"_gather_block_tables_kernel", "_post_update_kernel"} < set(light_interpreter.launches) and not light_interpreter.left
+    monkeypatch.setattr(light_interpreter, "launches", collections.Counter())
+    monkeypatch.setattr(light_interpreter.language, "where", lambda condition, then, otherwise: then)
     one = torch.ones(1, dtype=torch.int32)
     with pytest.raises(AssertionError, match="another outcome in Triton's interpreter"):
         get_num_sampled_and_rejected(one.clone(), one, torch.arange(2, dtype=torch.int32), one - 1, one)

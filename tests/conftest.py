@@ -17,16 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import elsewhere
 import pytest
-import runners
-from elsewhere import (  # noqa: F401
+from support import processes, runners
+from support.models import Tiny, bigram_model, random_model
+from support.processes import (  # noqa: F401
     Line,
     pytest_runtest_logfinish,
     pytest_runtest_logreport,
     pytest_runtest_logstart,
 )
-from tiny import Tiny, bigram_model, random_model
 
 ENGINE = dict(
     skip_tokenizer_init=True,
@@ -51,7 +50,7 @@ class Beside(pytest.Item):
 
     def runtest(self) -> None:
         outcomes = self.session.line.outcomes(self.path.name)  # type: ignore[attr-defined]
-        name = elsewhere.test_name(self.nodeid)
+        name = processes.test_name(self.nodeid)
         failure = outcomes.get(name, f"It did not run. {self.session.line.said(self.path.name)}")  # type: ignore[attr-defined]
         if failure.startswith("skipped: "):
             pytest.skip(failure.removeprefix("skipped: "))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import HIDDEN, Tiny, save
 from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of
-from tiny import HIDDEN, Tiny, save
 
 from vllm_twist import TwistHead, TwistHeadConfig, results
 from vllm_twist.engine.admission import GROUP_KEY, admit, num_engines

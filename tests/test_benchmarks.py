@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, enumerate_law
+from support.models import Tiny, enumerate_law
 
 from benchmarks import bench_objectives, bench_sampling
 from benchmarks.bench_objectives import Setting, Task, train

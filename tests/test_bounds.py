@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import Tabular
+from support.branches import Tabular
 from test_smc import EXACT, LOG_Z, PRINTED, SUB, TOY, free, held, mean
 from torch import Tensor
 

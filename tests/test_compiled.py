@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from paths import PATHS, outcome
+from support.models import Tiny
+from support.scenarios import PATHS, outcome
 from test_engine import worker_of
-from tiny import Tiny
 from torch._dynamo.utils import counters
 
 from vllm_twist.kernels import compiled, reference

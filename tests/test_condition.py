@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from runners import fewer
+from support.models import Tiny, enumerate_law
+from support.runners import fewer
 from test_engine import EVERY_STEP, generate, params, prompt_of, scheduler_of, worker_of
 from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
 from test_pinned import exact_samples, run_pinned
-from tiny import Tiny, enumerate_law
 
 from vllm_twist import TwistHead, results
 

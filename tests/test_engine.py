@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from runners import fewer
-from tiny import Tiny, penalised, truncated
+from support.models import Tiny, penalised, truncated
+from support.runners import fewer
 
 from vllm_twist import results
 from vllm_twist.engine.v1 import state as lanes
@@ -451,7 +451,7 @@ def test_whole_groups_are_preempted(clean, wide: Tiny, monkeypatch, caching: boo
 
 def test_preemption_keeps_the_estimate(clean, small: Tiny):
     """E[Z-hat] = Z where groups are preempted again and again in a cache of 12 blocks."""
-    from tiny import enumerate_law
+    from support.models import enumerate_law
 
     prompt = [0, 2, 3, 2] * 7 + [3, 2]  # 30 tokens: every lane needs a second block at its third token
     llm = clean(small, num_gpu_blocks_override=12)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from paths import PARAMETERS, named
-from runners import RUNNER, fewer
 from scipy.stats import t
-from tiny import Law, Tiny, enumerate_law
+from support.models import Law, Tiny, enumerate_law
+from support.runners import RUNNER, fewer
+from support.scenarios import PARAMETERS, named
 
 from vllm_twist import results
 
@@ -159,7 +159,7 @@ HEADS = [(kind, "identity") for kind in ("mlp", "low_rank", "tied")] + [(k, "log
 @pytest.mark.parametrize("head_type, activation", HEADS)
 def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation: str):
     """Each kind gives the engine the values it gives in PyTorch."""
-    from tiny import random_model
+    from support.models import random_model
 
     folder = tmp_path_factory.mktemp(head_type)
     tiny = random_model(folder, vocab=4, eos=1, head_type=head_type, activation=activation)

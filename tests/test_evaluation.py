@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import Law, Tiny, enumerate_law
 from test_engine_exact import PROMPTS
-from tiny import Law, Tiny, enumerate_law
 
-from vllm_twist.cli import eval as cli_eval
 from vllm_twist.bounds import Estimate
+from vllm_twist.cli import eval as cli_eval
 from vllm_twist.cli import main
 from vllm_twist.evaluation import Evaluation, EvaluationConfig, Evaluator, plot, table
 from vllm_twist.model_options import ModelOptions

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import lane_processors
 import pytest
 import torch
-from lane_processors import WATCHED
-from runners import RUNNER
+from support import logits_processors
+from support.logits_processors import WATCHED
+from support.models import Tiny
+from support.runners import RUNNER
 from test_engine import EVERY_STEP, generate, params, prompt_of
-from tiny import Tiny
 
 from vllm_twist import results
 from vllm_twist.engine import processors
@@ -22,8 +22,8 @@ MAX_TOKENS = 40 if RUNNER == "v1" else 12
 
 @pytest.fixture
 def llm(engine: Any, wide: Tiny) -> Any:
-    lane_processors.seen.clear()
-    return engine(wide, logits_processors=tuple(f"lane_processors:{name}" for name in NAMES))
+    logits_processors.seen.clear()
+    return engine(wide, logits_processors=tuple(f"support.logits_processors:{name}" for name in NAMES))
 
 
 def request(own: dict[str, Any], **options: Any) -> Any:
@@ -50,7 +50,7 @@ def test_state_follows_the_particles(llm, kind: str):
     (output,) = generate(llm, [prompt_of(9)], request({kind: 1}, logit_bias={WATCHED: 2.0}, **EVERY_STEP))
     particles = results(output)[0].particles
     assert results(output)[0].num_resamplings == MAX_TOKENS - 2
-    seen = lane_processors.seen
+    seen = logits_processors.seen
     assert len(seen) >= 8 * (MAX_TOKENS - 1) and all(counted == there for counted, there in seen)
     assert all(particle.token_ids.count(WATCHED) <= 2 for particle in particles)
     assert {there for _, there in seen} == {0, 1, 2}, "the test must see it come"
@@ -61,7 +61,7 @@ def test_without_copies_the_state_is_wrong(llm, monkeypatch):
     forks = processors.ForksV1 if RUNNER == "v1" else processors.ForksV2
     monkeypatch.setattr(forks, "__call__", lambda self, *args: None)
     generate(llm, [prompt_of(9)], request({"count": 1}, logit_bias={WATCHED: 2.0}, **EVERY_STEP))
-    assert any(counted != there for counted, there in lane_processors.seen)
+    assert any(counted != there for counted, there in logits_processors.seen)
 
 
 @pytest.mark.skipif(RUNNER != "v1", reason="Model Runner V2 copies tensors alone")

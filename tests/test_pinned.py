@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from runners import fewer
+from support.models import Law, Tiny, enumerate_law
+from support.runners import fewer
 from test_engine_exact import PROMPTS, run, within
-from tiny import Law, Tiny, enumerate_law
 
 from vllm_twist import results
 

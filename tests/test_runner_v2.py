@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from elsewhere import Line
-from runners import ENVIRONMENT
+from support.processes import Line
+from support.runners import ENVIRONMENT
 
 MODES = ("v2", "v2-async")
 #: Tests of other files, whole or by case, and those of ``cases_v2``.
@@ -79,7 +79,7 @@ def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
     items = [item for item in request.session.items if item.path == Path(__file__)]
     make_folder = request.getfixturevalue("tmp_path_factory").mktemp
     reference = make_folder("reference") / "outcomes.json"
-    line.add_tests("v1", ["tests/cases_v1.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
+    line.add_tests("v1", ["tests/support/reference_outcomes.py"], {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
     for mode in MODES:
         chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
         if chosen:

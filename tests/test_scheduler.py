@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from runners import RUNNER
+from support.models import Tiny
+from support.runners import RUNNER
 from test_engine import (  # noqa: F401
     EVERY_STEP,
     assert_rescored,
@@ -19,7 +20,6 @@ from test_engine import (  # noqa: F401
     scheduler_of,
     worker_of,
 )
-from tiny import Tiny
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import Outcomes, Tabular, branches, independent
+from support.branches import Outcomes, Tabular, branches, independent
 from torch import Tensor
 
 from vllm_twist.smc import Population, Target, categorical, smc

@@ -7,9 +7,9 @@ import random
 from typing import Any
 
 import pytest
-from runners import RUNNER
+from support.models import Tiny
+from support.runners import RUNNER
 from test_engine import assert_rescored, params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny
 
 from vllm_twist import results
 from vllm_twist.engine.groups import Group, log_sum_exp

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, Tiny
+from support.models import HIDDEN, Tiny
 
 from vllm_twist import TwistHead, TwistHeadConfig
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import Law, Tiny, enumerate_law, random_model
 from test_engine import generate, params, prompt_of, scheduler_of, worker_of
 from test_engine_exact import assert_samples_the_law, run, within
 from test_pinned import exact_samples, run_pinned
 from test_soak import totals as totals
-from tiny import Law, Tiny, enumerate_law, random_model
 
 from vllm_twist import results
 

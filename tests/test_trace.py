@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import Tiny
 from test_engine import generate, params, prompt_of
-from tiny import Tiny
 
 from vllm_twist import results
 from vllm_twist.cli import main

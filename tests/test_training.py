@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny
+from support.models import Tiny
 from torch import Tensor
 
 from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
-from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
 from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
+from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
@@ -435,7 +435,7 @@ def test_tensorboard(small: Tiny, tmp_path: Path, monkeypatch):
 # -- Attention ---------------------------------------------------------------------------------
 def grouped(tmp_path: Path) -> Any:
     """Return a model whose key heads are shared by two query heads each."""
-    from tiny import _config
+    from support.models import _config
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)

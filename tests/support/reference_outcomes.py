@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from paths import PATHS, outcome
+
+from support.scenarios import PATHS, outcome
 
 
 def test_write_the_outcomes(engine, request: pytest.FixtureRequest) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from typing import Any
 
-import light
+from support import light_interpreter
 
 #: "v1", "v2" (synchronous scheduler) or "v2-async".
 RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
@@ -37,7 +37,7 @@ def emulate() -> None:
     # Nor are compiled kernels watched for integer overflow; ours are in their own tests. A seventh of the time.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    light.install()
+    light_interpreter.install()
 
 
 def keep_async() -> None:

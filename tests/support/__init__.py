@@ -1,0 +1,1 @@
+"""What the tests share: models and their laws, engines, processes beside the session."""
