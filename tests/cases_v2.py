@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from support import light_interpreter
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
 from support.models import Tiny, random_model
 from support.runners import RUNNER
-from support.scenarios import PATHS, Path_, outcome
-from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
+from support.scenarios import SCENARIOS, Scenario, outcome
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,8 +50,8 @@ def test_light_kernels_store_what_triton_says(engine, wide: Tiny, monkeypatch: p
         get_num_sampled_and_rejected(one.clone(), one, torch.arange(2, dtype=torch.int32), one - 1, one)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-def test_same_as_model_runner_v1(engine, request: pytest.FixtureRequest, path: Path_) -> None:
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.name)
+def test_same_as_model_runner_v1(engine, request: pytest.FixtureRequest, path: Scenario) -> None:
     """The same seeds give the same tokens, ancestors and all, and the same numbers up to float32 rounding."""
     expected = json.loads(Path(os.environ["TWIST_TEST_REFERENCE"]).read_text())[path.name]
     got = outcome(engine, request, path)

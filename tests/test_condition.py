@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import Tiny, enumerate_law
+from support.engines import EVERY_STEP, PROMPTS, generate, params, prompt_of, run, run_pinned, scheduler_of, worker_of
+from support.laws import assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny
 from support.runners import fewer
-from test_engine import EVERY_STEP, generate, params, prompt_of, scheduler_of, worker_of
-from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
 
 from vllm_twist import TwistHead, results
 

@@ -4,72 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.models import Tiny, penalised, truncated
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
+from support.laws import enumerate_law, penalised, truncated
+from support.models import Tiny
 from support.runners import fewer
 
 from vllm_twist import results
 from vllm_twist.engine.v1 import state as lanes
-
-EVERY_STEP = {"twist_ess_threshold": 1.0, "twist_return_particles": True}
-
-
-def params(**options: Any) -> Any:
-    from vllm import SamplingParams
-
-    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
-    return SamplingParams(**{"max_tokens": 8, "detokenize": False, **options}, extra_args=extra or None)
-
-
-def generate(llm: Any, prompts: list[list[int]], parameters: Any) -> list[Any]:
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
-
-
-def prompt_of(length: int) -> list[int]:
-    return [2 + (7 * i + i * i) % 38 for i in range(length)]
-
-
-def scheduler_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def worker_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
-
-@pytest.fixture
-def clean(engine: Any) -> Iterator[Any]:
-    """Return ``make`` as ``engine`` does; afterwards every block, lane and slot must be free again."""
-    used: list[Any] = []
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        llm = engine(*args, **kwargs)
-        used.append(llm)
-        return llm
-
-    yield make
-    for llm in used:
-        scheduler = scheduler_of(llm)
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
-        assert not scheduler.requests and not scheduler.running and scheduler.get_request_counts() == (0, 0)
-        if hasattr(scheduler, "groups"):
-            assert not scheduler.groups and not scheduler.group_of and not scheduler.staged
-            # The worker hears of the last lanes' end with the next step.
-            live = set(worker_of(llm).twist.table.slots) - scheduler.finished_req_ids
-            assert not live
-
-
-def assert_rescored(tiny: Tiny, output: Any, tolerance: float = 2e-4) -> None:
-    """Check each particle's log_prob against one teacher-forced pass in transformers."""
-    prompt = output.prompt_token_ids
-    for particle in results(output)[0].particles:
-        log_p = tiny.log_p([prompt + particle.token_ids])[0, len(prompt) - 1 : -1]
-        expected = log_p.gather(1, torch.tensor(particle.token_ids)[:, None]).sum().item()
-        assert particle.log_prob == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 40, 64, 65])
@@ -451,8 +396,6 @@ def test_whole_groups_are_preempted(clean, wide: Tiny, monkeypatch, caching: boo
 
 def test_preemption_keeps_the_estimate(clean, small: Tiny):
     """E[Z-hat] = Z where groups are preempted again and again in a cache of 12 blocks."""
-    from support.models import enumerate_law
-
     prompt = [0, 2, 3, 2] * 7 + [3, 2]  # 30 tokens: every lane needs a second block at its third token
     llm = clean(small, num_gpu_blocks_override=12)
     n = fewer(300)

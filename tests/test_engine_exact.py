@@ -6,79 +6,17 @@ for a correct engine; the last test shows that broken engines fail them.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from scipy.stats import t
-from support.models import Law, Tiny, enumerate_law
+from support.engines import PROMPTS, run
+from support.laws import assert_samples_the_law, enumerate_law
+from support.models import Tiny, random_model
 from support.runners import RUNNER, fewer
 from support.scenarios import PARAMETERS, named
 
 from vllm_twist import results
-
-PROMPTS = {"below": [0, 2, 3], "equal": [0, 2, 3, 2] * 8, "above": [0, 2, 3, 2] * 8 + [3, 2, 0]}
-
-
-def run(llm: Any, prompt: list[int], groups: int, *, particles: int, horizon: int, **options: Any) -> list[Any]:
-    from vllm import SamplingParams
-
-    groups = fewer(groups, least=options.pop("least", 6))
-    extra = {"twist_particles": particles, "twist_return_particles": True}
-    extra.update({key: options.pop(key) for key in list(options) if key.startswith("twist")})
-    params = [
-        SamplingParams(**{"max_tokens": horizon, "seed": seed, "detokenize": False, "extra_args": extra, **options})
-        for seed in range(groups)
-    ]
-    return llm.generate([{"prompt_token_ids": prompt}] * groups, params, use_tqdm=False)
-
-
-def weight(particle: Any) -> float:
-    return math.exp(particle.log_weight)
-
-
-def within(values: list[float], expected: float, at_least: float = 0.0) -> bool:
-    """Return whether the mean is within 4 standard errors, none of them smaller than ``at_least``.
-
-    Of many values; of few as many more as Student's t has at the same odds.
-    """
-    sample = torch.tensor(values, dtype=torch.float64)
-    error = max((sample.std() / len(values) ** 0.5).item(), at_least)
-    return abs(sample.mean().item() - expected) <= t.isf(3.17e-5, len(values) - 1) * error + 1e-6 * abs(expected)
-
-
-def assert_samples_the_law(outputs: list[Any], law: Law, first: int) -> None:
-    """Check E[Z-hat] = Z, E[Z-hat sum W f] = Z E_sigma[f] for two f, log_prob, and the draw."""
-    z = math.exp(law.log_z)
-    groups = [results(output)[0] for output in outputs]
-    z_hat = [math.exp(group.log_z) for group in groups]
-    assert within(z_hat, z), (sum(z_hat) / len(z_hat), z)
-
-    def starts(s: tuple[int, ...]) -> bool:
-        return s[0] == first
-
-    def repeats(s: tuple[int, ...]) -> bool:
-        return len(s) > 1 and s[-1] == s[-2]
-
-    for f in (starts, repeats):
-        estimates = [
-            value * sum(weight(p) * f(tuple(p.token_ids)) for p in group.particles)
-            for value, group in zip(z_hat, groups, strict=True)
-        ]
-        # Of a rare f a few groups may see nothing, and then no error either. The draw's is that of n coins
-        # with E_sigma[f] and worth Z, or larger; an average over K particles has at least 1 / sqrt(K) of it.
-        p = law.expectation(f)
-        coins = z * (p * (1 - p) / len(groups)) ** 0.5
-        particles = len(groups[0].particles)
-        assert within(estimates, z * p, at_least=coins / particles**0.5), f.__name__
-        # The completion is drawn by weight: reweighted by Z-hat it follows sigma.
-        drawn = [value * f(tuple(output.outputs[0].token_ids)) for value, output in zip(z_hat, outputs, strict=True)]
-        assert within(drawn, z * p, at_least=coins), f"drawn {f.__name__}"
-    for group in groups:
-        for particle in group.particles:
-            assert particle.log_prob == pytest.approx(law.log_p[tuple(particle.token_ids)], abs=2e-4)
-
 
 CASES = [
     # particles, groups, threshold, scheme
@@ -159,8 +97,6 @@ HEADS = [(kind, "identity") for kind in ("mlp", "low_rank", "tied")] + [(k, "log
 @pytest.mark.parametrize("head_type, activation", HEADS)
 def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation: str):
     """Each kind gives the engine the values it gives in PyTorch."""
-    from support.models import random_model
-
     folder = tmp_path_factory.mktemp(head_type)
     tiny = random_model(folder, vocab=4, eos=1, head_type=head_type, activation=activation)
     outputs = run(engine(tiny), PROMPTS["below"], 300, particles=4, horizon=3, twist_ess_threshold=1.0)

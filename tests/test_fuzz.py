@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.engines import params, prompt_of, scheduler_of, worker_of
 from support.models import Tiny, random_model
 from support.runners import RUNNER
-from test_engine import params, prompt_of, scheduler_of, worker_of
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support import logits_processors
+from support.engines import EVERY_STEP, generate, params, prompt_of
 from support.logits_processors import WATCHED
 from support.models import Tiny
 from support.runners import RUNNER
-from test_engine import EVERY_STEP, generate, params, prompt_of
 
 from vllm_twist import results
 from vllm_twist.engine import processors

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from support import runners
+from support.engines import assert_rescored, generate, params, prompt_of
 from support.models import Tiny
-from test_engine import assert_rescored, generate, params, prompt_of
 
 from vllm_twist import results
 

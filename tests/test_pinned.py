@@ -12,34 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import Law, Tiny, enumerate_law
+from support.engines import PROMPTS, run, run_pinned
+from support.laws import enumerate_law, exact_samples, within
+from support.models import Tiny
 from support.runners import fewer
-from test_engine_exact import PROMPTS, run, within
 
 from vllm_twist import results
-
-
-def exact_samples(law: Law, count: int, seed: int = 0) -> list[list[int]]:
-    """Draw sequences from sigma."""
-    weights = torch.tensor(list(law.log_target.values()), dtype=torch.float64).softmax(0)
-    drawn = torch.multinomial(weights, count, replacement=True, generator=torch.Generator().manual_seed(seed))
-    sequences = list(law.log_target)
-    return [list(sequences[i]) for i in drawn.tolist()]
-
-
-def run_pinned(llm: Any, prompt: list[int], pinned: list[list[int]], *, horizon: int, **options: Any) -> list[Any]:
-    from vllm import SamplingParams
-
-    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
-    params = [
-        SamplingParams(
-            **{"max_tokens": horizon, "seed": seed, "detokenize": False, **options},
-            extra_args={**extra, "twist_pinned": tokens},
-        )
-        for seed, tokens in enumerate(pinned)
-    ]
-    return llm.generate([{"prompt_token_ids": prompt}] * len(pinned), params, use_tqdm=False)
-
 
 CASES = [
     # particles, groups, threshold, scheme, proposal

@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of
 from support.models import Tiny
 from support.runners import RUNNER
-from test_engine import (  # noqa: F401
-    EVERY_STEP,
-    assert_rescored,
-    clean,
-    generate,
-    params,
-    prompt_of,
-    scheduler_of,
-    worker_of,
-)
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
@@ -82,7 +73,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        before = {name: [block.block_id for block in blocks] for name, blocks in self.block_tables.req_to_blocks.items()}
+        held = self.block_tables.req_to_blocks
+        before = {name: [block.block_id for block in blocks] for name, blocks in held.items()}
         outputs = update(self, scheduler_output, model_runner_output)
         for request_id, (preemptions, tables) in noted.pop(id(scheduler_output), {}).items():
             request = self.requests.get(request_id)
@@ -103,7 +95,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: list[int], kind: str):  # noqa: F811
+def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: list[int], kind: str):
     """Whatever was preempted, and however prompts are computed, a fork gives a lane the same blocks on both sides."""
     llm, rng = clean(wide, **ENGINES[kind]), random.Random(kind)
     core, outputs = llm.llm_engine, []
@@ -112,8 +104,10 @@ def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: 
         if index % 4 == 3:
             options["twist"] = 0
         else:
-            options |= {"seed": index, "twist_particles": 4, **EVERY_STEP, "twist_ess_threshold": rng.choice([0.6, 1.0])}
-        core.add_request(f"{kind}-{index}", {"prompt_token_ids": prompt_of(rng.choice([33, 70, 97]))}, params(**options))
+            options |= {"seed": index, "twist_particles": 4, **EVERY_STEP}
+            options["twist_ess_threshold"] = rng.choice([0.6, 1.0])
+        prompt = prompt_of(rng.choice([33, 70, 97]))
+        core.add_request(f"{kind}-{index}", {"prompt_token_ids": prompt}, params(**options))
     for step in range(2000):
         outputs += [output for output in core.step() if output.finished]
         if rng.random() < 0.03 or step == 6:
@@ -137,7 +131,7 @@ SHARING: dict[str, tuple[str, dict[str, Any], int | None]] = {
 
 
 @pytest.mark.parametrize("case", SHARING)
-def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case: str):  # noqa: F811
+def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case: str):
     """Preempted lanes share their prompt again where they find it in the prefix cache at once, and only there.
 
     Prompts of 97 tokens, outputs of 30: groups for which too few blocks are set aside never finish.
@@ -161,7 +155,9 @@ def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case
     if needed is None:
         generate(llm, [prompt_of(97)], many)
     else:
-        message = rf"`twist_particles`=9 can never fit into the KV cache: a prompt of 97 .* need up to {needed} blocks of 32"
+        message = (
+            rf"`twist_particles`=9 can never fit into the KV cache: a prompt of 97 .* need up to {needed} blocks of 32"
+        )
         with pytest.raises(ValueError, match=message):
             generate(llm, [prompt_of(97)], many)
 
@@ -178,7 +174,7 @@ def drain(core: Any, scheduler: Any, most: int = 400) -> list[Any]:
 
 @pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
 @pytest.mark.parametrize("length", [1, 40])
-def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):  # noqa: F811
+def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):
     """What is under way drains, is kept or aborted; what waits goes on afterwards. Nothing is lost, nothing hangs."""
     llm = clean(wide, max_num_batched_tokens=16, max_num_seqs=16)
     core, scheduler, inner = llm.llm_engine, scheduler_of(llm), llm.llm_engine.engine_core.engine_core
@@ -219,7 +215,7 @@ def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):  # noqa
                 assert_rescored(wide, output)
 
 
-def test_a_lane_preempted_alone_drains_with_its_group(clean, wide: Tiny):  # noqa: F811
+def test_a_lane_preempted_alone_drains_with_its_group(clean, wide: Tiny):
     llm = clean(wide)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     core.add_request(
@@ -250,7 +246,7 @@ def statistics(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[RequestStateS
     return found
 
 
-def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistics: Any):  # noqa: F811
+def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistics: Any):
     """Times are in order and lie within the test's own; what waits behind a group waits since it came."""
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     core = llm.llm_engine
@@ -285,7 +281,7 @@ def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistic
     assert parked.scheduled_ts >= group.last_token_ts > statistics["plain"][0].queued_ts
 
 
-def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: Tiny, statistics: Any):  # noqa: F811
+def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: Tiny, statistics: Any):
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     options = {"twist_particles": 3, "twist_ess_threshold": 0.0, "twist_pinned": [5, 1], "twist_resampling": "residual"}
@@ -299,7 +295,7 @@ def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: 
     assert stats.num_preemptions == 1
 
 
-def test_failure_before_the_first_step_reaches_the_client(clean, wide: Tiny, statistics: Any, monkeypatch):  # noqa: F811
+def test_failure_before_the_first_step_reaches_the_client(clean, wide: Tiny, statistics: Any, monkeypatch):
     """A group that the engine refuses, not the frontend, is answered although there is nothing to run."""
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     monkeypatch.setattr("vllm_twist.engine.scheduler.fit_length", refuse)
@@ -323,7 +319,8 @@ def test_long_continuations_take_their_own_size_and_leave_with_their_lanes():
         return LaneSpec(name, name, 0, 1, 2**15, 0.5, 0, 1.0, pinned=pinned, group_size=1)
 
     def size() -> int:
-        tensors = [x for owner in (table, table.pins, table.lanes) for x in vars_of(owner) if isinstance(x, torch.Tensor)]
+        values = [x for owner in (table, table.pins, table.lanes) for x in vars_of(owner)]
+        tensors = [x for x in values if isinstance(x, torch.Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     table = SlotTable(256, torch.device("cpu"))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import Law, Tiny, enumerate_law
-from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
+from support.engines import PROMPTS, run, run_pinned
+from support.laws import Law, assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny
 
 from vllm_twist import TwistConfig, results
 from vllm_twist.engine.groups import Group

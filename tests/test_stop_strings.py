@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import Law, Tiny, enumerate_law, random_model
-from test_engine import generate, params, prompt_of, scheduler_of, worker_of
-from test_engine_exact import assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
-from test_soak import totals as totals
+from support.engines import generate, params, prompt_of, run, run_pinned, scheduler_of, worker_of
+from support.laws import Law, assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny, random_model
 
 from vllm_twist import results
 

@@ -42,7 +42,8 @@ def add(line: Line, tmp_path: Path, death: str, *options: str, after: str | None
     folder.mkdir()
     (folder / "test_these.py").write_text(SOURCE.replace("{death}", death))
     environment = {"PYTHONPATH": str(Path(__file__).parent), "SAID": str(folder / "said")}
-    tests = ["-p", "support.processes", "-o", "faulthandler_exit_on_timeout=true", *options, str(folder / "test_these.py")]
+    exits = ["-o", "faulthandler_exit_on_timeout=true"]
+    tests = ["-p", "support.processes", *exits, *options, str(folder / "test_these.py")]
     line.add_tests(folder.name, tests, environment, folder, after)
 
 

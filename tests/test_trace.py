@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.engines import generate, params, prompt_of
 from support.models import Tiny
-from test_engine import generate, params, prompt_of
 
 from vllm_twist import results
 from vllm_twist.cli import main
