@@ -34,6 +34,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("particles, groups, threshold, scheme", CASES)
 def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: float, scheme: str):
     """Every K, threshold and scheme, with EOS inside the horizon. Catches wrong weights and wrong ancestors."""
@@ -53,6 +54,7 @@ def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: f
     assert_samples_the_law(outputs, enumerate_law(small, PROMPTS["below"], 4), first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("options", PARAMETERS, ids=named)
 def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, Any]):
     """p0 is the model after the request's parameters, in the proposal and in the weights alike.
@@ -82,6 +84,7 @@ def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, A
     assert_samples_the_law(outputs, law, first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 def test_prompt_against_block(engine, small: Tiny, length: str, caching: bool):
@@ -94,6 +97,7 @@ def test_prompt_against_block(engine, small: Tiny, length: str, caching: bool):
 HEADS = [(kind, "identity") for kind in ("mlp", "low_rank", "tied")] + [(k, "log_sigmoid") for k in ("linear", "tied")]
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("head_type, activation", HEADS)
 def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation: str):
     """Each kind gives the engine the values it gives in PyTorch."""
@@ -103,6 +107,7 @@ def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation
     assert_samples_the_law(outputs, enumerate_law(tiny, PROMPTS["below"], 3), first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("particles", [1, 2, 8, 64])
 def test_optimal_twist_has_no_variance(engine, bigram: Tiny, particles: int):
     """The optimal twist makes every Z-hat exact, every ESS K, and never resamples."""
@@ -121,12 +126,14 @@ def test_optimal_twist_has_no_variance(engine, bigram: Tiny, particles: int):
     assert len(lengths) > 5, "particles should have ended at many lengths"
 
 
+@pytest.mark.v2
 def test_optimal_twist_with_the_base_model_as_proposal_has_variance(engine, bigram: Tiny):
     """Guards against a Z-hat that is constant whatever is done: scale 0 proposes from p0 without a twist."""
     outputs = run(engine(bigram), [0, 3], 20, particles=4, horizon=10, twist_scale=0.5)
     assert torch.tensor([results(output)[0].log_z for output in outputs]).std() > 1e-3
 
 
+@pytest.mark.v2
 def test_scale_invariance(engine, small: Tiny, tmp_path):
     """A constant added to log psi changes no token; Z, whose target has it once, moves by just that."""
     llm = engine(small)
@@ -147,6 +154,7 @@ def test_scale_invariance(engine, small: Tiny, tmp_path):
         assert results(new)[0].log_z == pytest.approx(results(old)[0].log_z + shift, abs=1e-4)
 
 
+@pytest.mark.v2
 def test_single_particle_is_the_twist_induced_proposal(engine, small: Tiny):
     """K = 1 draws from softmax(log p0 + log psi): chi-square over four tokens, odds of a false alarm 1e-4."""
     n = fewer(4000)
@@ -173,6 +181,7 @@ def _identity_resample(real: Any) -> Any:
     return resample
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("fault", ["no fork", "weights lost", "twist left out of the weights"])
 def test_broken_engines_fail(engine, small: Tiny, monkeypatch, fault: str):
     """The checks above can fail: each fault breaks them."""

@@ -143,6 +143,7 @@ def check(output: Any, request: dict[str, Any]) -> None:
 EXAMPLES = 120 if RUNNER == "v1" else 3
 
 
+@pytest.mark.v2("wide")
 @pytest.mark.parametrize("kind", ["wide", "conditional"])
 def test_every_request_ends_once(engine, request: pytest.FixtureRequest, kind: str) -> None:
     """Whatever a request holds it is refused, fails or is answered; aborts and cache resets come in between."""

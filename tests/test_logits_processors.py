@@ -33,6 +33,7 @@ def request(own: dict[str, Any], **options: Any) -> Any:
     return made
 
 
+@pytest.mark.v2
 def test_ban_per_request(llm):
     """It holds for every lane of the group that asks, and for no other."""
     bans, likely = [{"ban": 9}, {}, {"ban": 12}], {"logit_bias": {9: 3.0, 12: 3.0}}
@@ -44,6 +45,7 @@ def test_ban_per_request(llm):
     assert 9 not in plain.outputs[0].token_ids
 
 
+@pytest.mark.v2("count")
 @pytest.mark.parametrize("kind", ["count", "closure", "told"] if RUNNER == "v1" else ["count"])
 def test_state_follows_the_particles(llm, kind: str):
     """With a fork at every token what was counted is what is in the particle's own history, always."""
@@ -56,6 +58,7 @@ def test_state_follows_the_particles(llm, kind: str):
     assert {there for _, there in seen} == {0, 1, 2}, "the test must see it come"
 
 
+@pytest.mark.v2
 def test_without_copies_the_state_is_wrong(llm, monkeypatch):
     """The check above fails."""
     forks = processors.ForksV1 if RUNNER == "v1" else processors.ForksV2

@@ -32,6 +32,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2("8-500-1.0-residual-twist")
 @pytest.mark.parametrize("particles, groups, threshold, scheme, proposal", CASES)
 def test_reciprocal_unbiased(
     engine, small: Tiny, particles: int, groups: int, threshold: float, scheme: str, proposal: str
@@ -163,6 +164,7 @@ def test_bad_continuations_are_refused(engine, small: Tiny, pinned: Any, options
         run_pinned(engine(small), PROMPTS["below"], [pinned], horizon=4, **options)
 
 
+@pytest.mark.v2("options0")
 @pytest.mark.parametrize(
     "options", [{"allowed_token_ids": [1, 2]}, {"min_tokens": 3}, {"temperature": 0.1, "min_p": 0.9}]
 )

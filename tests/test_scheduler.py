@@ -94,6 +94,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return changed
 
 
+@pytest.mark.v2("no-caching")
 @pytest.mark.parametrize("kind", ENGINES)
 def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: list[int], kind: str):
     """Whatever was preempted, and however prompts are computed, a fork gives a lane the same blocks on both sides."""
@@ -172,6 +173,7 @@ def drain(core: Any, scheduler: Any, most: int = 400) -> list[Any]:
     pytest.fail(f"still {scheduler.get_num_unfinished_requests()} unfinished requests after {most} steps")
 
 
+@pytest.mark.v2("1-wait")
 @pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
 @pytest.mark.parametrize("length", [1, 40])
 def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):

@@ -116,6 +116,7 @@ def step(engine: Any) -> list[Any]:
     return [output for output in engine.step() if output.finished]
 
 
+@pytest.mark.v2
 def test_other_requests_go_on(scored, phi, monkeypatch: pytest.MonkeyPatch):
     """While phi is computed plain and twisted requests are served, and the engine only waits when there are none."""
     engine = scored[0].llm_engine

@@ -36,6 +36,7 @@ def random_request(rng: random.Random, index: int) -> tuple[list[int], dict[str,
     return prompt, options
 
 
+@pytest.mark.v2("1")
 @pytest.mark.parametrize("seed", range(8))
 def test_random_load(engine, wide: Tiny, totals: list[Group], seed: int):
     """Requests, aborts and cache resets at random, with too few slots, blocks or tokens a step for all of them.

@@ -93,6 +93,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2("4-800-1.0-options1")
 @pytest.mark.parametrize("particles, groups, threshold, options", CASES)
 def test_target_ends_at_the_stop_string(
     make, spelling: Tiny, totals: list[Any], particles: int, groups: int, threshold: float, options: dict[str, Any]
@@ -117,6 +118,7 @@ def test_the_check_sees_particles_that_run_on(make, spelling: Tiny, monkeypatch)
         assert_samples_the_law(outputs, law_of(spelling, 4), first=2)
 
 
+@pytest.mark.v2
 def test_forks_and_preemption_keep_the_text(make, totals: list[Any]):
     """Long outputs with a fork at every token, in a cache of 12 blocks and in one with room.
 
@@ -148,6 +150,7 @@ def test_forks_and_preemption_keep_the_text(make, totals: list[Any]):
     assert not worker_of(tight).twist.table.slots.keys() - scheduler_of(tight).finished_req_ids
 
 
+@pytest.mark.v2
 def test_others_are_not_held_up(make):
     """A plain request beside a group with a stop string gets a token at every step."""
     llm = make()

@@ -7,7 +7,10 @@ that tests there take fewer groups.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 from support import light_interpreter
@@ -70,3 +73,23 @@ def options() -> dict[str, Any]:
     if RUNNER == "v2-async":
         keep_async()
     return {"async_scheduling": RUNNER == "v2-async"}
+
+
+def marks_v2(value: Any) -> list[Any]:
+    """Return a test function's marks ``pytest.mark.v2(*cases)``."""
+    marks = value.pytestmark if inspect.isfunction(value) and hasattr(value, "pytestmark") else ()
+    return [mark for mark in marks if mark.name == "v2"]
+
+
+def marked_v2(folder: Path) -> list[str]:
+    """Return "file::test" of every test marked for Model Runner V2, or "file::test[case]" if its mark names cases.
+
+    Tests about that runner alone, in ``test_engine_v2``, come last.
+    """
+    found = []
+    for path in sorted(folder.glob("test_*.py"), key=lambda path: (path.stem == "test_engine_v2", path)):
+        if "mark.v2" in path.read_text():
+            for name, value in vars(importlib.import_module(path.stem)).items():
+                for mark in marks_v2(value):
+                    found += [f"{path.name}::{name}[{case}]" for case in mark.args] or [f"{path.name}::{name}"]
+    return found
