@@ -20,8 +20,8 @@ from torch import Tensor
 from vllm_twist import TwistHead, TwistHeadConfig, attention, teacher_forcing, training
 from vllm_twist.objectives import OBJECTIVES
 from vllm_twist.potentials import Function, Potential
-from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
 from vllm_twist.training.samplers.base import LAWS, DrawRequest, Draws, TransformersSampler
+from vllm_twist.training import STATE_NAME, TrainingConfig, TwistTrainer
 
 HORIZON = 3
 PROMPTS = [(0, 2), (3, 3, 0)]
