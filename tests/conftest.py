@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 # Before vLLM is imported.
@@ -17,28 +18,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import elsewhere
 import pytest
-import runners
-from elsewhere import (  # noqa: F401
+from support import processes
+from support.engines import ENGINE, scheduler_of, worker_of
+from support.models import Tiny, bigram_model, random_model
+from support.processes import (  # noqa: F401
     Line,
     pytest_runtest_logfinish,
     pytest_runtest_logreport,
     pytest_runtest_logstart,
 )
-from tiny import Tiny, bigram_model, random_model
+from support.runners import RUNNER, marks_v2
 
-ENGINE: dict[str, Any] = dict(
-    skip_tokenizer_init=True,
-    enforce_eager=True,
-    dtype="float32",
-    max_model_len=256,
-    block_size=32,
-    max_num_seqs=64,
-    seed=0,
-    kv_cache_memory_bytes=2**26,
-) | runners.options()
-
+from vllm_twist.engine.groups import Group, log_sum_exp
 
 #: Files that run in processes of their own when (nearly) everything runs, the longest first: they share no engines.
 BESIDE = ("test_training.py", "test_soak.py", "test_kernels.py", "test_server.py", "test_objectives.py")
@@ -50,12 +42,20 @@ class Beside(pytest.Item):
 
     def runtest(self) -> None:
         outcomes = self.session.line.outcomes(self.path.name)  # type: ignore[attr-defined]
-        name = elsewhere.test_name(self.nodeid)
+        name = processes.test_name(self.nodeid)
         failure = outcomes.get(name, f"It did not run. {self.session.line.said(self.path.name)}")  # type: ignore[attr-defined]
         if failure.startswith("skipped: "):
             pytest.skip(failure.removeprefix("skipped: "))
         if failure:
             pytest.fail(failure, pytrace=False)
+
+
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> list[Any] | None:
+    """Take of ``test_engine_v2`` what is for this runner: on V2 the tests marked so, on V1 what stands for them."""
+    if collector.path.name == "test_engine_v2.py" and name.startswith("test_"):
+        if bool(marks_v2(obj)) == (RUNNER == "v1"):
+            return []
+    return None
 
 
 @pytest.hookimpl(trylast=True)
@@ -124,6 +124,46 @@ def engine() -> Any:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def clean(engine: Any) -> Iterator[Any]:
+    """Return ``make`` as ``engine`` does; afterwards every block, lane and slot must be free again."""
+    used: list[Any] = []
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        llm = engine(*args, **kwargs)
+        used.append(llm)
+        return llm
+
+    yield make
+    for llm in used:
+        scheduler = scheduler_of(llm)
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+        assert not scheduler.requests and not scheduler.running and scheduler.get_request_counts() == (0, 0)
+        if hasattr(scheduler, "groups"):
+            assert not scheduler.groups and not scheduler.group_of and not scheduler.staged
+            # The worker hears of the last lanes' end with the next step.
+            live = set(worker_of(llm).twist.table.slots) - scheduler.finished_req_ids
+            assert not live
+
+
+@pytest.fixture
+def totals(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    """Compare what Model Runner V2 keeps of a group on the device with its particles, when it ends."""
+    seen = []
+    make = Group.result
+
+    def result(group: Group, chosen: int) -> dict[str, Any]:
+        assert (group.log_z is None) == (RUNNER == "v1")
+        if group.log_z is not None:
+            weights = [lane.log_w for lane in group.lanes.values()]
+            assert group.log_z == pytest.approx(log_sum_exp(weights) - math.log(len(weights)), abs=1e-9)
+        seen.append(group)
+        return make(group, chosen)
+
+    monkeypatch.setattr(Group, "result", result)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of
-from tiny import HIDDEN, Tiny, save
+from support.engines import ENGINE, EVERY_STEP, assert_rescored, generate, params, prompt_of
+from support.models import HIDDEN, Tiny, save
 
 from vllm_twist import TwistHead, TwistHeadConfig, results
 from vllm_twist.engine.admission import GROUP_KEY, admit, num_engines
@@ -20,7 +20,6 @@ from vllm_twist.kernels.ops import MAX_LANES
 @pytest.fixture(scope="module")
 def config(small: Tiny) -> Any:
     """The config of an engine with a twist head and 100 KV blocks, as its frontend knows it."""
-    from conftest import ENGINE
     from vllm.engine.arg_utils import EngineArgs
 
     options = {**ENGINE, "max_num_seqs": 2 * MAX_LANES, "max_num_batched_tokens": 4 * MAX_LANES}
@@ -125,7 +124,6 @@ def test_seed_of_the_engine_fixes_unseeded_groups(wide: Tiny):
     """As it does plain requests: two engines of one seed draw alike, whatever else has drawn meanwhile."""
     import random
 
-    from conftest import ENGINE
     from vllm import LLM
 
     drawn = []
@@ -199,7 +197,6 @@ def test_full_and_sliding_window_attention(engine, hybrid: Tiny):
 
 
 def test_hybrid_cache_that_is_asked_for_is_refused(hybrid: Tiny):
-    from conftest import ENGINE
     from vllm import LLM
 
     message = r"`twist_head` needs .*, this one has 2 .*: .*leave `disable_hybrid_kv_cache_manager` out"

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, enumerate_law
+from support.laws import enumerate_law
+from support.models import Tiny
 
 from benchmarks import bench_kernels, bench_objectives, bench_sampling
 from benchmarks.bench_objectives import Setting, Task, train

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import Tabular
-from test_smc import EXACT, LOG_Z, PRINTED, SUB, TOY, free, held, mean
+from support.branches import Tabular
+from support.toy_target import EXACT, LOG_Z, PRINTED, SUB, TOY, free, held, mean
 from torch import Tensor
 
 from vllm_twist.bounds import (

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from paths import PATHS, outcome
-from test_engine import worker_of
-from tiny import Tiny
+from support.engines import ENGINE, worker_of
+from support.models import Tiny
+from support.scenarios import SCENARIOS, outcome
 from torch._dynamo.utils import counters
 
 from vllm_twist.kernels import compiled, reference
@@ -47,7 +47,7 @@ def test_same_as_the_reference(vocab: int):
 
 def test_same_in_the_engine(engine: Any, small: Tiny, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The same seeds give the same particles and numbers, whatever a request asks for."""
-    expected = {path.name: outcome(engine, request, path) for path in PATHS}
+    expected = {scenario.name: outcome(engine, request, scenario) for scenario in SCENARIOS}
     calls: dict[str, list[int]] = {"twist_sample": [], "weigh_and_sample": []}
     for name in ("conditional", "wide", "bigram", "small"):
         table = worker_of(engine(request.getfixturevalue(name))).twist.table
@@ -57,17 +57,16 @@ def test_same_in_the_engine(engine: Any, small: Tiny, request: pytest.FixtureReq
         monkeypatch.setattr(
             compiled, name, lambda *args, real=real, sizes=sizes: sizes.append(len(args[0])) or real(*args)
         )
-    for path in PATHS:
-        for mine, theirs in zip(outcome(engine, request, path), expected[path.name], strict=True):
-            assert mine["tokens"] == theirs["tokens"], path.name
-            assert mine["counts"] == theirs["counts"], path.name
-            assert mine["numbers"] == pytest.approx(theirs["numbers"], abs=2e-4), path.name
+    for scenario in SCENARIOS:
+        for mine, theirs in zip(outcome(engine, request, scenario), expected[scenario.name], strict=True):
+            assert mine["tokens"] == theirs["tokens"], scenario.name
+            assert mine["counts"] == theirs["counts"], scenario.name
+            assert mine["numbers"] == pytest.approx(theirs["numbers"], abs=2e-4), scenario.name
     assert all(max(sizes) > 1 for sizes in calls.values())
 
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_compiled_where_the_model_is(small: Tiny, eager: bool):
-    from conftest import ENGINE
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor

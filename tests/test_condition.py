@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from runners import fewer
-from test_engine import EVERY_STEP, generate, params, scheduler_of, worker_of
-from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
-from tiny import Tiny, enumerate_law
+from support.engines import EVERY_STEP, PROMPTS, generate, params, run, run_pinned, scheduler_of, worker_of
+from support.laws import assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny
+from support.runners import fewer
 
 from vllm_twist import TwistHead, results
 
 CONDITIONS = [[2, 3, 3], [3], [1, 0] * 30]
 
 
+@pytest.mark.v2("3")
 @pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: str(len(condition)))
 def test_samples_the_conditional_target(engine, conditional: Tiny, condition: list[int]) -> None:
     law = enumerate_law(conditional, PROMPTS["below"], 4, condition=condition)
@@ -38,6 +38,7 @@ def test_samples_the_conditional_target(engine, conditional: Tiny, condition: li
     assert_samples_the_law(outputs, law, first=2)
 
 
+@pytest.mark.v2
 def test_conditions_are_not_mixed_up(engine, conditional: Tiny) -> None:
     """In one batch every group is twisted by its own condition: log psi is what a teacher-forced pass gives."""
     llm, prompt = engine(conditional), PROMPTS["below"]
@@ -79,6 +80,7 @@ def test_one_pass_per_group(engine, conditional: Tiny, monkeypatch: pytest.Monke
     assert not scheduler.reading
 
 
+@pytest.mark.v2
 def test_preemption_keeps_the_condition(engine, conditional: Tiny) -> None:
     """A cache that is reset under way throws the KV of the lanes away; the groups come out the same."""
     llm, condition = engine(conditional), [3, 2, 2]
@@ -98,6 +100,7 @@ def test_preemption_keeps_the_condition(engine, conditional: Tiny) -> None:
     assert not scheduler_of(llm).reading
 
 
+@pytest.mark.v2("2")
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_abort(engine, conditional: Tiny, steps: int) -> None:
     """Nothing is left of a group that is aborted, while its condition is read or later."""
@@ -164,6 +167,7 @@ def test_head_of_the_other_kind_is_refused(engine, conditional: Tiny, small: Tin
     worker.readout.head = before
 
 
+@pytest.mark.v2
 def test_prompt_logprobs_beside_a_condition(engine, conditional: Tiny) -> None:
     """vLLM reads a prompt's hidden states out after the step's own, which must not take the condition along."""
     core, scheduler = engine(conditional).llm_engine, scheduler_of(engine(conditional))

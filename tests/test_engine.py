@@ -4,74 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from runners import fewer
-from tiny import Tiny, penalised, truncated
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
+from support.laws import enumerate_law, penalised, truncated
+from support.models import Tiny
+from support.runners import fewer
 
 from vllm_twist import results
 from vllm_twist.engine.v1 import state as lanes
 
-EVERY_STEP = {"twist_ess_threshold": 1.0, "twist_return_particles": True}
 
-
-def params(**options: Any) -> Any:
-    from vllm import SamplingParams
-
-    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
-    return SamplingParams(**{"max_tokens": 8, "detokenize": False, **options}, extra_args=extra or None)
-
-
-def generate(llm: Any, prompts: list[list[int]], parameters: Any) -> list[Any]:
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
-
-
-def prompt_of(length: int) -> list[int]:
-    return [2 + (7 * i + i * i) % 38 for i in range(length)]
-
-
-def scheduler_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def worker_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
-
-@pytest.fixture
-def clean(engine: Any) -> Iterator[Any]:
-    """Return ``make`` as ``engine`` does; afterwards every block, lane and slot must be free again."""
-    used: list[Any] = []
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        llm = engine(*args, **kwargs)
-        used.append(llm)
-        return llm
-
-    yield make
-    for llm in used:
-        scheduler = scheduler_of(llm)
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
-        assert not scheduler.requests and not scheduler.running and scheduler.get_request_counts() == (0, 0)
-        if hasattr(scheduler, "groups"):
-            assert not scheduler.groups and not scheduler.group_of and not scheduler.staged
-            # The worker hears of the last lanes' end with the next step.
-            live = set(worker_of(llm).twist.table.slots) - scheduler.finished_req_ids
-            assert not live
-
-
-def assert_rescored(tiny: Tiny, output: Any, tolerance: float = 2e-4) -> None:
-    """Check each particle's log_prob against one teacher-forced pass in transformers."""
-    prompt = output.prompt_token_ids
-    for particle in results(output)[0].particles:
-        log_p = tiny.log_p([prompt + particle.token_ids])[0, len(prompt) - 1 : -1]
-        expected = log_p.gather(1, torch.tensor(particle.token_ids)[:, None]).sum().item()
-        assert particle.log_prob == pytest.approx(expected, abs=tolerance)
-
-
+@pytest.mark.v2("caching-31")
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 40, 64, 65])
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 def test_forks_at_every_step_across_blocks(clean, wide: Tiny, length: int, caching: bool):
@@ -135,6 +81,7 @@ def test_ended_particles_free_their_kv_at_once(clean, wide: Tiny):
     assert len(set(live)) > 5
 
 
+@pytest.mark.v2
 def test_result_is_consistent(clean, wide: Tiny):
     """Weights sum to one, ESS is theirs, and the completion is the chosen particle."""
     (output,) = generate(clean(wide), [prompt_of(9)], params(seed=3, twist_particles=16, twist_return_particles=1))
@@ -219,6 +166,7 @@ def test_logprobs_follow_the_lineage(clean, wide: Tiny, mode: str):
         assert total == pytest.approx(log_prob, abs=1e-3)
 
 
+@pytest.mark.v2("options1-raw_logprobs", "options1-processed_logits")
 @pytest.mark.parametrize("mode", LOGPROBS_MODES)
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.7}, {"temperature": 0.1, "frequency_penalty": 0.5, "top_k": 9, "logit_bias": {5: 2}}]
@@ -241,6 +189,7 @@ def test_logprobs_are_those_of_a_plain_request(clean, wide: Tiny, mode: str, opt
                 assert value.rank == theirs[token].rank
 
 
+@pytest.mark.v2
 def test_top_k_of_some(clean, wide: Tiny):
     """Groups with top_k, without, and with one beyond the vocabulary share a batch; each is what it is alone."""
     llm = clean(wide)
@@ -263,6 +212,7 @@ def test_more_logprobs_than_tokens(clean, small: Tiny):
     assert [set(entry) for entry in output.outputs[0].logprobs] == [set(range(small.vocab))] * 3
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 0.2])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.99}, {"repetition_penalty": 1.3}], ids=str)
 def test_low_temperatures_keep_the_weights(
@@ -326,6 +276,7 @@ def test_plain_requests_among_twisted_ones(clean, wide: Tiny):
     assert_rescored(wide, mixed[2])
 
 
+@pytest.mark.v2
 def test_prompt_logprobs_among_twisted_requests(clean, wide: Tiny):
     """vLLM reads a prompt's hidden states out after the step's own: fewer rows than lanes, none of them one."""
     core, prompt, outputs = clean(wide).llm_engine, prompt_of(4), {}
@@ -422,6 +373,7 @@ def test_more_groups_than_slots(clean, wide: Tiny):
             assert_rescored(wide, output)
 
 
+@pytest.mark.v2
 def test_token_budget_smaller_than_the_group(clean, wide: Tiny):
     """With 16 tokens a step, 40 lanes advance in turns: lockstep holds the ones ahead."""
     llm = clean(wide, max_num_batched_tokens=16, max_num_seqs=16)
@@ -449,10 +401,9 @@ def test_whole_groups_are_preempted(clean, wide: Tiny, monkeypatch, caching: boo
         assert_rescored(wide, output)
 
 
+@pytest.mark.v2
 def test_preemption_keeps_the_estimate(clean, small: Tiny):
     """E[Z-hat] = Z where groups are preempted again and again in a cache of 12 blocks."""
-    from tiny import enumerate_law
-
     prompt = [0, 2, 3, 2] * 7 + [3, 2]  # 30 tokens: every lane needs a second block at its third token
     llm = clean(small, num_gpu_blocks_override=12)
     n = fewer(300)
@@ -463,6 +414,7 @@ def test_preemption_keeps_the_estimate(clean, small: Tiny):
     assert abs(z_hat.mean().item() - z) < 4 * z_hat.std().item() / n**0.5
 
 
+@pytest.mark.v2
 def test_prefix_cache_reset_mid_way(clean, wide: Tiny):
     """Resetting the prefix cache with running requests parks groups whole; they finish as they should."""
     llm = clean(wide)
@@ -485,6 +437,7 @@ def test_prefix_cache_reset_mid_way(clean, wide: Tiny):
         assert_rescored(wide, output)
 
 
+@pytest.mark.v2("2")
 @pytest.mark.parametrize("step", [0, 1, 2, 5])
 def test_abort(clean, wide: Tiny, step: int):
     """Aborting while staged, at prefill, while forking or later returns every lane and block."""
@@ -515,6 +468,7 @@ def test_open_ended_request_is_cut_to_the_cache(clean, wide: Tiny):
     assert len(output.outputs[0].token_ids) == 2 * 32 - 10  # 19 blocks for 8 particles: two each
 
 
+@pytest.mark.v2
 def test_head_gone_wrong_ends_its_request_alone(clean, wide: Tiny):
     """Twist values that overflow end their request with a reason; others in the batch go on."""
     llm = clean(wide)
@@ -549,6 +503,7 @@ def test_zero_weights_of_some_are_no_failure(clean, wide: Tiny, monkeypatch, val
     assert output.outputs[0].finish_reason == ("error" if fails else "length")
 
 
+@pytest.mark.v2
 def test_all_weights_zero_end_the_request(clean, wide: Tiny, monkeypatch):
     """A twist of zero everywhere leaves no weight in the group, which is an error that says so."""
     head = worker_of(clean(wide)).readout.head

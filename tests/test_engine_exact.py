@@ -6,79 +6,17 @@ for a correct engine; the last test shows that broken engines fail them.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from paths import PARAMETERS, named
-from runners import RUNNER, fewer
-from scipy.stats import t
-from tiny import Law, Tiny, enumerate_law
+from support.engines import PROMPTS, run
+from support.laws import assert_samples_the_law, enumerate_law
+from support.models import Tiny, random_model
+from support.runners import RUNNER, fewer
+from support.scenarios import PARAMETERS, named
 
 from vllm_twist import results
-
-PROMPTS = {"below": [0, 2, 3], "equal": [0, 2, 3, 2] * 8, "above": [0, 2, 3, 2] * 8 + [3, 2, 0]}
-
-
-def run(llm: Any, prompt: list[int], groups: int, *, particles: int, horizon: int, **options: Any) -> list[Any]:
-    from vllm import SamplingParams
-
-    groups = fewer(groups, least=options.pop("least", 6))
-    extra = {"twist_particles": particles, "twist_return_particles": True}
-    extra.update({key: options.pop(key) for key in list(options) if key.startswith("twist")})
-    params = [
-        SamplingParams(**{"max_tokens": horizon, "seed": seed, "detokenize": False, "extra_args": extra, **options})
-        for seed in range(groups)
-    ]
-    return llm.generate([{"prompt_token_ids": prompt}] * groups, params, use_tqdm=False)
-
-
-def weight(particle: Any) -> float:
-    return math.exp(particle.log_weight)
-
-
-def within(values: list[float], expected: float, at_least: float = 0.0) -> bool:
-    """Return whether the mean is within 4 standard errors, none of them smaller than ``at_least``.
-
-    Of many values; of few as many more as Student's t has at the same odds.
-    """
-    sample = torch.tensor(values, dtype=torch.float64)
-    error = max((sample.std() / len(values) ** 0.5).item(), at_least)
-    return abs(sample.mean().item() - expected) <= t.isf(3.17e-5, len(values) - 1) * error + 1e-6 * abs(expected)
-
-
-def assert_samples_the_law(outputs: list[Any], law: Law, first: int) -> None:
-    """Check E[Z-hat] = Z, E[Z-hat sum W f] = Z E_sigma[f] for two f, log_prob, and the draw."""
-    z = math.exp(law.log_z)
-    groups = [results(output)[0] for output in outputs]
-    z_hat = [math.exp(group.log_z) for group in groups]
-    assert within(z_hat, z), (sum(z_hat) / len(z_hat), z)
-
-    def starts(s: tuple[int, ...]) -> bool:
-        return s[0] == first
-
-    def repeats(s: tuple[int, ...]) -> bool:
-        return len(s) > 1 and s[-1] == s[-2]
-
-    for f in (starts, repeats):
-        estimates = [
-            value * sum(weight(p) * f(tuple(p.token_ids)) for p in group.particles)
-            for value, group in zip(z_hat, groups, strict=True)
-        ]
-        # Of a rare f a few groups may see nothing, and then no error either. The draw's is that of n coins
-        # with E_sigma[f] and worth Z, or larger; an average over K particles has at least 1 / sqrt(K) of it.
-        p = law.expectation(f)
-        coins = z * (p * (1 - p) / len(groups)) ** 0.5
-        particles = len(groups[0].particles)
-        assert within(estimates, z * p, at_least=coins / particles**0.5), f.__name__
-        # The completion is drawn by weight: reweighted by Z-hat it follows sigma.
-        drawn = [value * f(tuple(output.outputs[0].token_ids)) for value, output in zip(z_hat, outputs, strict=True)]
-        assert within(drawn, z * p, at_least=coins), f"drawn {f.__name__}"
-    for group in groups:
-        for particle in group.particles:
-            assert particle.log_prob == pytest.approx(law.log_p[tuple(particle.token_ids)], abs=2e-4)
-
 
 CASES = [
     # particles, groups, threshold, scheme
@@ -96,6 +34,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("particles, groups, threshold, scheme", CASES)
 def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: float, scheme: str):
     """Every K, threshold and scheme, with EOS inside the horizon. Catches wrong weights and wrong ancestors."""
@@ -115,6 +54,7 @@ def test_unbiased(engine, small: Tiny, particles: int, groups: int, threshold: f
     assert_samples_the_law(outputs, enumerate_law(small, PROMPTS["below"], 4), first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("options", PARAMETERS, ids=named)
 def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, Any]):
     """p0 is the model after the request's parameters, in the proposal and in the weights alike.
@@ -144,6 +84,7 @@ def test_sampling_parameters_define_p0(engine, small: Tiny, options: dict[str, A
     assert_samples_the_law(outputs, law, first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 def test_prompt_against_block(engine, small: Tiny, length: str, caching: bool):
@@ -156,17 +97,17 @@ def test_prompt_against_block(engine, small: Tiny, length: str, caching: bool):
 HEADS = [(kind, "identity") for kind in ("mlp", "low_rank", "tied")] + [(k, "log_sigmoid") for k in ("linear", "tied")]
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("head_type, activation", HEADS)
 def test_every_kind_of_head(engine, tmp_path_factory, head_type: str, activation: str):
     """Each kind gives the engine the values it gives in PyTorch."""
-    from tiny import random_model
-
     folder = tmp_path_factory.mktemp(head_type)
     tiny = random_model(folder, vocab=4, eos=1, head_type=head_type, activation=activation)
     outputs = run(engine(tiny), PROMPTS["below"], 300, particles=4, horizon=3, twist_ess_threshold=1.0)
     assert_samples_the_law(outputs, enumerate_law(tiny, PROMPTS["below"], 3), first=2)
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("particles", [1, 2, 8, 64])
 def test_optimal_twist_has_no_variance(engine, bigram: Tiny, particles: int):
     """The optimal twist makes every Z-hat exact, every ESS K, and never resamples."""
@@ -185,12 +126,14 @@ def test_optimal_twist_has_no_variance(engine, bigram: Tiny, particles: int):
     assert len(lengths) > 5, "particles should have ended at many lengths"
 
 
+@pytest.mark.v2
 def test_optimal_twist_with_the_base_model_as_proposal_has_variance(engine, bigram: Tiny):
     """Guards against a Z-hat that is constant whatever is done: scale 0 proposes from p0 without a twist."""
     outputs = run(engine(bigram), [0, 3], 20, particles=4, horizon=10, twist_scale=0.5)
     assert torch.tensor([results(output)[0].log_z for output in outputs]).std() > 1e-3
 
 
+@pytest.mark.v2
 def test_scale_invariance(engine, small: Tiny, tmp_path):
     """A constant added to log psi changes no token; Z, whose target has it once, moves by just that."""
     llm = engine(small)
@@ -211,6 +154,7 @@ def test_scale_invariance(engine, small: Tiny, tmp_path):
         assert results(new)[0].log_z == pytest.approx(results(old)[0].log_z + shift, abs=1e-4)
 
 
+@pytest.mark.v2
 def test_single_particle_is_the_twist_induced_proposal(engine, small: Tiny):
     """K = 1 draws from softmax(log p0 + log psi): chi-square over four tokens, odds of a false alarm 1e-4."""
     n = fewer(4000)
@@ -237,6 +181,7 @@ def _identity_resample(real: Any) -> Any:
     return resample
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("fault", ["no fork", "weights lost", "twist left out of the weights"])
 def test_broken_engines_fail(engine, small: Tiny, monkeypatch, fault: str):
     """The checks above can fail: each fault breaks them."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_exact import PROMPTS
-from tiny import Law, Tiny, enumerate_law
+from support.engines import PROMPTS
+from support.laws import Law, enumerate_law
+from support.models import Tiny
 
 from vllm_twist.bounds import Estimate
 from vllm_twist.cli import eval as cli_eval

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import Line
+from support.processes import Line
 
 
 def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:

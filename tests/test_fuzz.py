@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from runners import RUNNER
-from test_engine import params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny, random_model
+from support.engines import params, prompt_of, scheduler_of, worker_of
+from support.models import Tiny, random_model
+from support.runners import RUNNER
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
@@ -152,6 +152,7 @@ def check(output: Any, request: dict[str, Any]) -> None:
 EXAMPLES = 150 if RUNNER == "v1" else 3
 
 
+@pytest.mark.v2("wide")
 @pytest.mark.parametrize("kind", ["wide", "conditional"])
 def test_every_request_ends_once(engine, request: pytest.FixtureRequest, kind: str) -> None:
     """Whatever a request holds it is refused, fails or is answered; aborts and cache resets come in between."""

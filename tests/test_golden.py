@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chi2
-from test_engine_exact import run, within
-from test_pinned import run_pinned
-from test_smc import LOG_Z, PRINTED, SUB, TOY, free, held, mean, toy_log_p, toy_log_psi
-from tiny import Tiny, random_model, save
+from support.engines import run, run_pinned
+from support.laws import within
+from support.models import Tiny, random_model, save
+from support.toy_target import LOG_Z, PRINTED, SUB, TOY, free, held, mean, toy_log_p, toy_log_psi
 
 from vllm_twist import results
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from elsewhere import Line
+from support.processes import Line
 from torch import Tensor
 
 from vllm_twist.kernels import advance as advancing

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import lane_processors
 import pytest
 import torch
-from lane_processors import WATCHED
-from runners import RUNNER
-from test_engine import EVERY_STEP, generate, params, prompt_of
-from tiny import Tiny
+from support import logits_processors
+from support.engines import EVERY_STEP, generate, params, prompt_of
+from support.logits_processors import WATCHED
+from support.models import Tiny
+from support.runners import RUNNER
 
 from vllm_twist import results
 from vllm_twist.engine import processors
@@ -22,8 +22,8 @@ MAX_TOKENS = 40 if RUNNER == "v1" else 12
 
 @pytest.fixture
 def llm(engine: Any, wide: Tiny) -> Any:
-    lane_processors.seen.clear()
-    return engine(wide, logits_processors=tuple(f"lane_processors:{name}" for name in NAMES))
+    logits_processors.seen.clear()
+    return engine(wide, logits_processors=tuple(f"support.logits_processors:{name}" for name in NAMES))
 
 
 def request(own: dict[str, Any], **options: Any) -> Any:
@@ -33,6 +33,7 @@ def request(own: dict[str, Any], **options: Any) -> Any:
     return made
 
 
+@pytest.mark.v2
 def test_ban_per_request(llm):
     """It holds for every lane of the group that asks, and for no other."""
     bans, likely = [{"ban": 9}, {}, {"ban": 12}], {"logit_bias": {9: 3.0, 12: 3.0}}
@@ -44,24 +45,26 @@ def test_ban_per_request(llm):
     assert 9 not in plain.outputs[0].token_ids
 
 
+@pytest.mark.v2("count")
 @pytest.mark.parametrize("kind", ["count", "closure", "told"] if RUNNER == "v1" else ["count"])
 def test_state_follows_the_particles(llm, kind: str):
     """With a fork at every token what was counted is what is in the particle's own history, always."""
     (output,) = generate(llm, [prompt_of(9)], request({kind: 1}, logit_bias={WATCHED: 2.0}, **EVERY_STEP))
     particles = results(output)[0].particles
     assert results(output)[0].num_resamplings == MAX_TOKENS - 2
-    seen = lane_processors.seen
+    seen = logits_processors.seen
     assert len(seen) >= 8 * (MAX_TOKENS - 1) and all(counted == there for counted, there in seen)
     assert all(particle.token_ids.count(WATCHED) <= 2 for particle in particles)
     assert {there for _, there in seen} == {0, 1, 2}, "the test must see it come"
 
 
+@pytest.mark.v2
 def test_without_copies_the_state_is_wrong(llm, monkeypatch):
     """The check above fails."""
     forks = processors.ForksV1 if RUNNER == "v1" else processors.ForksV2
     monkeypatch.setattr(forks, "__call__", lambda self, *args: None)
     generate(llm, [prompt_of(9)], request({"count": 1}, logit_bias={WATCHED: 2.0}, **EVERY_STEP))
-    assert any(counted != there for counted, there in lane_processors.seen)
+    assert any(counted != there for counted, there in logits_processors.seen)
 
 
 @pytest.mark.skipif(RUNNER != "v1", reason="Model Runner V2 copies tensors alone")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import branches
+from support.branches import branches
 from torch.nn.functional import logsigmoid, pad
 
 from vllm_twist.objectives import (

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runners
-from test_engine import assert_rescored, generate, params, prompt_of
-from tiny import Tiny
+from support import runners
+from support.engines import assert_rescored, generate, params, prompt_of
+from support.models import Tiny
 
 from vllm_twist import results
 
 SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[5])
-import runners
+from support import runners
 RUNNER = runners.options()  # in every process: this file is each one's main module
 
 def main():

@@ -12,34 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from runners import fewer
-from test_engine_exact import PROMPTS, run, within
-from tiny import Law, Tiny, enumerate_law
+from support.engines import PROMPTS, run, run_pinned
+from support.laws import enumerate_law, exact_samples, within
+from support.models import Tiny
+from support.runners import fewer
 
 from vllm_twist import results
-
-
-def exact_samples(law: Law, count: int, seed: int = 0) -> list[list[int]]:
-    """Draw sequences from sigma."""
-    weights = torch.tensor(list(law.log_target.values()), dtype=torch.float64).softmax(0)
-    drawn = torch.multinomial(weights, count, replacement=True, generator=torch.Generator().manual_seed(seed))
-    sequences = list(law.log_target)
-    return [list(sequences[i]) for i in drawn.tolist()]
-
-
-def run_pinned(llm: Any, prompt: list[int], pinned: list[list[int]], *, horizon: int, **options: Any) -> list[Any]:
-    from vllm import SamplingParams
-
-    extra = {key: options.pop(key) for key in list(options) if key.startswith("twist")}
-    params = [
-        SamplingParams(
-            **{"max_tokens": horizon, "seed": seed, "detokenize": False, **options},
-            extra_args={**extra, "twist_pinned": tokens},
-        )
-        for seed, tokens in enumerate(pinned)
-    ]
-    return llm.generate([{"prompt_token_ids": prompt}] * len(pinned), params, use_tqdm=False)
-
 
 CASES = [
     # particles, groups, threshold, scheme, proposal
@@ -54,6 +32,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2("8-500-1.0-residual-twist")
 @pytest.mark.parametrize("particles, groups, threshold, scheme, proposal", CASES)
 def test_reciprocal_unbiased(
     engine, small: Tiny, particles: int, groups: int, threshold: float, scheme: str, proposal: str
@@ -185,6 +164,7 @@ def test_bad_continuations_are_refused(engine, small: Tiny, pinned: Any, options
         run_pinned(engine(small), PROMPTS["below"], [pinned], horizon=4, **options)
 
 
+@pytest.mark.v2("options0")
 @pytest.mark.parametrize(
     "options", [{"allowed_token_ids": [1, 2]}, {"min_tokens": 3}, {"temperature": 0.1, "min_p": 0.9}]
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny
+from support.models import Tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,

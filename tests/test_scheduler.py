@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from runners import RUNNER
-from test_engine import (  # noqa: F401
-    EVERY_STEP,
-    assert_rescored,
-    clean,
-    generate,
-    params,
-    prompt_of,
-    scheduler_of,
-    worker_of,
-)
-from tiny import Tiny
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of
+from support.models import Tiny
+from support.runners import RUNNER
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
@@ -103,8 +94,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return changed
 
 
+@pytest.mark.v2("no-caching")
 @pytest.mark.parametrize("kind", ENGINES)
-def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: list[int], kind: str):  # noqa: F811
+def test_worker_and_scheduler_hold_the_same_tables(clean, wide: Tiny, compared: list[int], kind: str):
     """Whatever was preempted, and however prompts are computed, a fork gives a lane the same blocks on both sides."""
     llm, rng = clean(wide, **ENGINES[kind]), random.Random(kind)
     core, outputs = llm.llm_engine, []
@@ -140,7 +132,7 @@ SHARING: dict[str, tuple[str, dict[str, Any], int | None]] = {
 
 
 @pytest.mark.parametrize("case", SHARING)
-def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case: str):  # noqa: F811
+def test_lanes_that_share_nothing_are_counted_one_by_one(clean, wide: Tiny, case: str):
     """Preempted lanes share their prompt again where they find it in the prefix cache at once, and only there.
 
     Prompts of 97 tokens, outputs of 30: groups for which too few blocks are set aside never finish.
@@ -179,9 +171,10 @@ def drain(core: Any, scheduler: Any, most: int = 400) -> list[Any]:
     pytest.fail(f"still {scheduler.get_num_unfinished_requests()} unfinished requests after {most} steps")
 
 
+@pytest.mark.v2("1-wait")
 @pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
 @pytest.mark.parametrize("length", [1, 40])
-def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):  # noqa: F811
+def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):
     """What is under way drains, is kept or aborted; what waits goes on afterwards. Nothing is lost, nothing hangs."""
     llm = clean(wide, max_num_batched_tokens=16, max_num_seqs=16)
     core, scheduler, inner = llm.llm_engine, scheduler_of(llm), llm.llm_engine.engine_core.engine_core
@@ -222,7 +215,7 @@ def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):  # noqa
                 assert_rescored(wide, output)
 
 
-def test_a_lane_preempted_alone_drains_with_its_group(clean, wide: Tiny):  # noqa: F811
+def test_a_lane_preempted_alone_drains_with_its_group(clean, wide: Tiny):
     llm = clean(wide)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     core.add_request(
@@ -253,7 +246,7 @@ def statistics(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[RequestStateS
     return found
 
 
-def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistics: Any):  # noqa: F811
+def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistics: Any):
     """Times are in order and lie within the test's own; what waits behind a group waits since it came."""
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     core = llm.llm_engine
@@ -288,7 +281,7 @@ def test_metrics_of_groups_and_of_those_behind_them(clean, wide: Tiny, statistic
     assert parked.scheduled_ts >= group.last_token_ts > statistics["plain"][0].queued_ts
 
 
-def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: Tiny, statistics: Any):  # noqa: F811
+def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: Tiny, statistics: Any):
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     options = {"twist_particles": 3, "twist_ess_threshold": 0.0, "twist_pinned": [5, 1], "twist_resampling": "residual"}
@@ -302,7 +295,7 @@ def test_preemptions_are_counted_when_the_first_particle_has_ended(clean, wide: 
     assert stats.num_preemptions == 1
 
 
-def test_failure_before_the_first_step_reaches_the_client(clean, wide: Tiny, statistics: Any, monkeypatch):  # noqa: F811
+def test_failure_before_the_first_step_reaches_the_client(clean, wide: Tiny, statistics: Any, monkeypatch):
     """A group that the engine refuses, not the frontend, is answered although there is nothing to run."""
     llm = clean(wide, disable_log_stats=False, max_num_seqs=16)
     monkeypatch.setattr("vllm_twist.engine.scheduler.fit_length", refuse)

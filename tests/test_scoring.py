@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_exact import PROMPTS, assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
-from tiny import Law, Tiny, enumerate_law
+from support.engines import PROMPTS, run, run_pinned
+from support.laws import Law, assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny
 
 from vllm_twist import TwistConfig, results
 from vllm_twist.engine.groups import Group
@@ -116,6 +116,7 @@ def step(engine: Any) -> list[Any]:
     return [output for output in engine.step() if output.finished]
 
 
+@pytest.mark.v2
 def test_other_requests_go_on(scored, phi, monkeypatch: pytest.MonkeyPatch):
     """While phi is computed plain and twisted requests are served, and the engine only waits when there are none."""
     engine = scored[0].llm_engine

@@ -17,7 +17,7 @@ from typing import Any
 
 import openai
 import pytest
-from runners import VLLM
+from support.runners import VLLM
 
 from vllm_twist import results
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
 import pytest
-from runners import RUNNER
-from test_engine import assert_rescored, params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny
+from support.engines import assert_rescored, params, prompt_of, scheduler_of, worker_of
+from support.models import Tiny
+from support.runners import RUNNER
 
 from vllm_twist import results
-from vllm_twist.engine.groups import Group, log_sum_exp
+from vllm_twist.engine.groups import Group
 
 #: Requests per load.
 LOAD = 100 if RUNNER == "v1" else 10
@@ -37,24 +36,7 @@ def random_request(rng: random.Random, index: int) -> tuple[list[int], dict[str,
     return prompt, options
 
 
-@pytest.fixture
-def totals(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
-    """Compare what Model Runner V2 keeps of a group on the device with its particles, when it ends."""
-    seen = []
-    make = Group.result
-
-    def result(group: Group, chosen: int) -> dict[str, Any]:
-        assert (group.log_z is None) == (RUNNER == "v1")
-        if group.log_z is not None:
-            weights = [lane.log_w for lane in group.lanes.values()]
-            assert group.log_z == pytest.approx(log_sum_exp(weights) - math.log(len(weights)), abs=1e-9)
-        seen.append(group)
-        return make(group, chosen)
-
-    monkeypatch.setattr(Group, "result", result)
-    return seen
-
-
+@pytest.mark.v2("1")
 @pytest.mark.parametrize("seed", range(8))
 def test_random_load(engine, wide: Tiny, totals: list[Group], seed: int):
     """Requests, aborts and cache resets at random, with too few slots, blocks or tokens a step for all of them.

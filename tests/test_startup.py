@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, Tiny
+from support.engines import ENGINE
+from support.models import HIDDEN, Tiny
 
 from vllm_twist import SUPPORTED_VLLM, TwistHead, TwistHeadConfig
 
 
 def start(tiny: Tiny, **options: Any) -> Any:
-    from conftest import ENGINE
     from vllm import LLM
 
     return LLM(str(tiny.path), **{**ENGINE, "twist_head": str(tiny.head_path), **options})
@@ -74,7 +74,6 @@ def test_refused_at_start_up(small: Tiny, options: dict[str, Any], message: str)
 )
 def test_unsupported_by_the_device_path(small: Tiny, part: str, name: str, value: Any):
     """What vLLM allows on a GPU only, and forks would not follow."""
-    from conftest import ENGINE
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_twist import TwistConfig
@@ -126,7 +125,6 @@ def test_sliding_window_model_is_refused(tmp_path: Path):
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path / "model")
     head = head_of(tmp_path / "head")
-    from conftest import ENGINE
     from vllm import LLM
 
     with pytest.raises(ValueError, match=r"one KV cache group of full attention, this one has 1 \(SlidingWindowSpec\)"):
@@ -152,7 +150,6 @@ def test_environment_is_refused(small, monkeypatch, name: str, value: Any, optio
 
 def test_old_ray_executor_is_refused(small: Tiny, monkeypatch: pytest.MonkeyPatch):
     """It calls the model runner where the new one calls the worker."""
-    from conftest import ENGINE
     from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
 
@@ -168,7 +165,6 @@ def test_old_ray_executor_is_refused(small: Tiny, monkeypatch: pytest.MonkeyPatc
 
 def test_particles_beyond_the_kernels(small: Tiny, monkeypatch: pytest.MonkeyPatch):
     """Model Runner V2 resamples at most so many lanes in one program; V1 has no limit."""
-    from conftest import ENGINE
     from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
 
@@ -234,7 +230,6 @@ def test_settings_by_hand_are_checked(small: Tiny):
 @pytest.mark.parametrize("twist", [False, True], ids=["plain", "twisted"])
 def test_engine_from_arguments(small: Tiny, twist: bool):
     """As ``vllm bench`` does, which goes by ``vars()``."""
-    from conftest import ENGINE
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
 
@@ -317,7 +312,6 @@ def test_speculator_is_refused(small: Tiny, tmp_path: Path):
         "transformer_layer_config": json.loads((small.path / "config.json").read_text()),
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    from conftest import ENGINE
     from vllm import LLM
 
     with pytest.raises(ValueError, match=r"`speculative_config` cannot be combined .*: drop it; where the model is a"):
@@ -386,7 +380,6 @@ def test_model_and_its_graphs_are_vllms_own(small: Tiny):
 
     So what is compiled and captured in graphs is the model as vLLM runs it: the head and the step come after.
     """
-    from conftest import ENGINE
     from vllm.engine.arg_utils import EngineArgs
 
     options = {**ENGINE, "enforce_eager": False}

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import generate, params, prompt_of, scheduler_of, worker_of
-from test_engine_exact import assert_samples_the_law, run, within
-from test_pinned import exact_samples, run_pinned
-from test_soak import totals as totals
-from tiny import Law, Tiny, enumerate_law, random_model
+from support.engines import generate, params, prompt_of, run, run_pinned, scheduler_of, worker_of
+from support.laws import Law, assert_samples_the_law, enumerate_law, exact_samples, within
+from support.models import Tiny, random_model
 
 from vllm_twist import results
 
@@ -95,6 +93,7 @@ CASES = [
 ]
 
 
+@pytest.mark.v2("4-800-1.0-options1")
 @pytest.mark.parametrize("particles, groups, threshold, options", CASES)
 def test_target_ends_at_the_stop_string(
     make, spelling: Tiny, totals: list[Any], particles: int, groups: int, threshold: float, options: dict[str, Any]
@@ -119,6 +118,7 @@ def test_the_check_sees_particles_that_run_on(make, spelling: Tiny, monkeypatch)
         assert_samples_the_law(outputs, law_of(spelling, 4), first=2)
 
 
+@pytest.mark.v2
 def test_forks_and_preemption_keep_the_text(make, totals: list[Any]):
     """Long outputs with a fork at every token, in a cache of 12 blocks and in one with room.
 
@@ -150,6 +150,7 @@ def test_forks_and_preemption_keep_the_text(make, totals: list[Any]):
     assert not worker_of(tight).twist.table.slots.keys() - scheduler_of(tight).finished_req_ids
 
 
+@pytest.mark.v2
 def test_others_are_not_held_up(make):
     """A plain request beside a group with a stop string gets a token at every step."""
     llm = make()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import generate, params, prompt_of
-from tiny import Tiny
+from support.engines import generate, params, prompt_of
+from support.models import Tiny
 
 from vllm_twist import results
 from vllm_twist.cli import main
@@ -18,6 +18,7 @@ from vllm_twist.cli.trace import lineage, plot
 from vllm_twist.results import Particle, TraceStep, TwistResult
 
 
+@pytest.mark.v2("1.0")
 @pytest.mark.parametrize("threshold", [0.7, 1.0])
 def test_trace_agrees_with_the_particles(engine: Any, wide: Tiny, threshold: float):
     """Particles whose lineages meet at a token share all tokens up to it; weights and counts are the result's own."""

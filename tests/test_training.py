@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny
+from support.models import Tiny, llama_config
 from torch import Tensor
 
 from vllm_twist import TwistHead, TwistHeadConfig
@@ -452,11 +452,10 @@ def test_tensorboard(small: Tiny, tmp_path: Path, monkeypatch):
 # -- Attention ---------------------------------------------------------------------------------
 def grouped(tmp_path: Path) -> Any:
     """Return a model whose key heads are shared by two query heads each."""
-    from tiny import _config
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(_config(8, 1, num_attention_heads=4)).eval()
+    return LlamaForCausalLM(llama_config(8, 1, num_attention_heads=4)).eval()
 
 
 @pytest.mark.parametrize("max_tokens", [8, 1000])

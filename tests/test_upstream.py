@@ -9,12 +9,11 @@ import ast
 import importlib
 import inspect
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from runners import VLLM
+from support.runners import VLLM
 from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector, PendingAuxOutput
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
@@ -39,12 +38,12 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_twist.engine import compat, versions
+from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
 from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
-from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.v1.sampler import LaneSampler
 from vllm_twist.engine.v2 import sampler as sampler_v2
+from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.v2.sampler import StepOutput, StepOutputs, TwistSampler
-from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
 from vllm_twist.engine.worker import TwistWorkerMixin
 
 
@@ -262,47 +261,3 @@ def test_copy_on_write_list_keeps_and_frees_both_ends():
     assert "retained_blocks = [block for pair in pending_copies for block in pair]" in inspect.getsource(
         KVCacheManager.take_kv_cache_block_copies
     )
-
-
-#: Modules of the product in the order in which they may import each other.
-LAYERS = [
-    "kernels", "config", "resampling", "smc", "results", "twist", "potentials", "objectives", "attention", "sampling",
-    "teacher_forcing", "engine", "processes", "training_config", "training", "cli_train", "cli",
-]  # fmt: skip
-
-
-def layer_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "vllm_twist" and parts[1] in LAYERS else None
-
-
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
-
-
-def test_imports_point_one_way(repo_root: Path):
-    for path in [*(repo_root / "vllm_twist").rglob("*.py"), *(repo_root / "kernels").glob("*.py")]:
-        relative = path.relative_to(repo_root)
-        module = ".".join(relative.with_suffix("").parts)
-        own = "kernels" if relative.parts[0] == "kernels" else layer_of(module)
-        imports = imports_of(path)
-        if own is not None:
-            if own != "engine":
-                assert not any(name == "vllm" or name.startswith("vllm.") for name in imports), relative
-            for name in imports:
-                layer = layer_of(name)
-                assert layer is None or LAYERS.index(layer) <= LAYERS.index(own), f"{relative} imports {name}"
-        if relative.parts[0] == "kernels":
-            assert not any(name.startswith("vllm") for name in imports), relative
-
-
-def test_bookkeeping_knows_neither_torch_nor_vllm(repo_root: Path):
-    imports = imports_of(repo_root / "vllm_twist/engine/groups.py")
-    assert not any(name.split(".")[0] in ("torch", "vllm") for name in imports)

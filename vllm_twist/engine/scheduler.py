@@ -33,8 +33,8 @@ from vllm_twist.engine.admission import (
     shared_again,
 )
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
-from vllm_twist.engine.v1.state import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
+from vllm_twist.engine.v1.state import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.versions import error_fields
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY

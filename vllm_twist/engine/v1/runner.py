@@ -8,11 +8,11 @@ import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_twist.engine.v1.state import TwistStep
-from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
 from vllm_twist.engine.processors import ForksV1, failure
 from vllm_twist.engine.readout import Readout, Rows
+from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
 from vllm_twist.engine.v1.sampler import LaneSampler
+from vllm_twist.engine.v1.state import TwistStep
 from vllm_twist.twist import TwistHead
 
 

@@ -1,35 +1,83 @@
-"""What is particular to Model Runner V2. ``test_runner_v2`` runs this file in processes that have it.
+"""The engine on Model Runner V2, with the synchronous and with the asynchronous scheduler.
 
-On a CPU its own operations take the PyTorch backend unless a test says otherwise; vLLM's are interpreted.
+Without a GPU that runner works under Triton's interpreter, which has to be chosen before anything imports Triton: so
+each scheduler has a pytest process of its own, in which tests of any file that are marked ``pytest.mark.v2`` run again,
+with fewer groups. Here ``test_on_model_runner_v2`` stands for all cases of one of them.
+
+The tests below it are about that runner alone: only those processes collect them. On a CPU the runner's own operations
+take the PyTorch backend unless a test says otherwise; vLLM's are interpreted.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import light
 import pytest
 import torch
-from paths import PATHS, Path_, outcome
-from runners import RUNNER
-from test_engine import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
-from tiny import Tiny, random_model
+from support import light_interpreter
+from support.engines import EVERY_STEP, assert_rescored, generate, params, prompt_of, scheduler_of, worker_of
+from support.models import Tiny, random_model
+from support.processes import Line
+from support.runners import ENVIRONMENT, RUNNER, marked_v2
+from support.scenarios import SCENARIOS, Scenario, outcome
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_twist import results
+
+MODES = ("v2", "v2-async")
+
+
+def start_elsewhere(line: Line, request: pytest.FixtureRequest) -> None:
+    """Run what was selected in a process per mode, after one that finds the outcomes of the scenarios on V1."""
+    if RUNNER != "v1":
+        return
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    make_folder = request.getfixturevalue("tmp_path_factory").mktemp
+    reference = make_folder("reference") / "outcomes.json"
+    write = ["tests/support/reference_outcomes.py"]
+    line.add_tests("v1", write, {"TWIST_TEST_REFERENCE": str(reference)}, make_folder("v1"))
+    for mode in MODES:
+        chosen = [f"tests/{item.callspec.params['test']}" for item in items if item.callspec.params["mode"] == mode]
+        if chosen:
+            environment = {**ENVIRONMENT, "TWIST_TEST_RUNNER": mode, "TWIST_TEST_REFERENCE": str(reference)}
+            line.add_tests(mode, chosen, environment, make_folder(mode), after="v1")
+
+
+@pytest.fixture(scope="module")
+def outcomes(line: Line) -> Callable[[str], dict[str, str]]:
+    """Return what gives the outcomes of a mode's tests."""
+    return functools.cache(line.outcomes)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_on_model_runner_v2:
+        metafunc.parametrize("mode", MODES)
+        metafunc.parametrize("test", marked_v2(Path(__file__).parent))
+
+
+def test_on_model_runner_v2(outcomes: Callable[[str], dict[str, str]], line: Line, mode: str, test: str):
+    assert line.exit_code("v1") == 0, line.said("v1")
+    name = test.replace(".py::", ".")
+    cases = {case: failure for case, failure in outcomes(mode).items() if case == name or case.startswith(f"{name}[")}
+    assert cases, f"It did not run. {line.said(mode)}"
+    failed = {case: failure for case, failure in cases.items() if failure}
+    assert not failed, "\n".join(f"{case}:\n{failure}" for case, failure in failed.items())
+    assert line.exit_code(mode) == any(outcomes(mode).values()), line.said(mode)
 
 
 def lane_table(llm: Any) -> Any:
     return worker_of(llm).twist.table
 
 
+@pytest.mark.v2
 def test_runner_and_scheduler_are_the_ones_meant(engine, wide: Tiny) -> None:
     llm = engine(wide)
     assert llm.llm_engine.vllm_config.use_v2_model_runner
@@ -37,24 +85,27 @@ def test_runner_and_scheduler_are_the_ones_meant(engine, wide: Tiny) -> None:
     assert type(worker_of(llm).model_runner.sampler).__name__ == "TwistSampler"
 
 
+@pytest.mark.v2
 def test_light_kernels_store_what_triton_says(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """They run in the light interpreter, all of them, and its check sees one that stores something else."""
     from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 
     generate(engine(wide), [prompt_of(5)], params(max_tokens=2, twist_particles=2))
-    assert {"_gather_block_tables_kernel", "_post_update_kernel"} < set(light.launches) and not light.left
-    monkeypatch.setattr(light, "launches", collections.Counter())
-    monkeypatch.setattr(light.language, "where", lambda condition, then, otherwise: then)
+    assert {"_gather_block_tables_kernel", "_post_update_kernel"} < set(light_interpreter.launches)
+    assert not light_interpreter.left
+    monkeypatch.setattr(light_interpreter, "launches", collections.Counter())
+    monkeypatch.setattr(light_interpreter.language, "where", lambda condition, then, otherwise: then)
     one = torch.ones(1, dtype=torch.int32)
     with pytest.raises(AssertionError, match="another outcome in Triton's interpreter"):
         get_num_sampled_and_rejected(one.clone(), one, torch.arange(2, dtype=torch.int32), one - 1, one)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-def test_same_as_model_runner_v1(engine, request: pytest.FixtureRequest, path: Path_) -> None:
+@pytest.mark.v2
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_same_as_model_runner_v1(engine, request: pytest.FixtureRequest, scenario: Scenario) -> None:
     """The same seeds give the same tokens, ancestors and all, and the same numbers up to float32 rounding."""
-    expected = json.loads(Path(os.environ["TWIST_TEST_REFERENCE"]).read_text())[path.name]
-    got = outcome(engine, request, path)
+    expected = json.loads(Path(os.environ["TWIST_TEST_REFERENCE"]).read_text())[scenario.name]
+    got = outcome(engine, request, scenario)
     assert len(got) == len(expected)
     for mine, theirs in zip(got, expected, strict=True):
         assert mine["tokens"] == theirs["tokens"]
@@ -62,6 +113,7 @@ def test_same_as_model_runner_v1(engine, request: pytest.FixtureRequest, path: P
         assert mine["numbers"] == pytest.approx(theirs["numbers"], abs=2e-4)
 
 
+@pytest.mark.v2
 def test_same_with_the_kernels(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton kernels, interpreted, in the place of the PyTorch operations: the same steps, forks and all."""
     requests = [
@@ -83,6 +135,7 @@ def test_same_with_the_kernels(engine, wide: Tiny, monkeypatch: pytest.MonkeyPat
             assert_rescored_unless_penalised(wide, mine)
 
 
+@pytest.mark.v2
 def test_same_with_a_low_rank_head_in_factors(engine, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its values written out or multiplied in the kernels: the same steps, with scales, base proposals and pins."""
     from vllm_twist.engine.v2.state import SlotTable
@@ -121,6 +174,7 @@ def assert_rescored_unless_penalised(tiny: Tiny, output: Any) -> None:
         assert_rescored(tiny, output)
 
 
+@pytest.mark.v2
 def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check fails when partial blocks are not copied."""
     monkeypatch.setattr("vllm_twist.kernels.ops.copy_partial_blocks", lambda *args, **kwargs: None)
@@ -131,6 +185,7 @@ def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch: pytest.Mon
         assert_rescored(wide, output)
 
 
+@pytest.mark.v2
 def test_memory_is_measured_with_the_head(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's trial runs, by which it sizes the KV cache, evaluate the head and pass over the vocabulary."""
     llm, values = engine(wide), []
@@ -142,6 +197,7 @@ def test_memory_is_measured_with_the_head(engine, wide: Tiny, monkeypatch: pytes
     assert [x.shape for x in values] == [(5, wide.vocab)]
 
 
+@pytest.mark.v2
 def test_particle_that_ends_leaves_one_step_later(engine, wide: Tiny) -> None:
     """A lane whose particle has ended is in the batch once more at most, takes no part, and is then gone."""
     llm = engine(wide)
@@ -173,6 +229,7 @@ def test_particle_that_ends_leaves_one_step_later(engine, wide: Tiny) -> None:
     assert any(seen) == (RUNNER == "v2-async"), "the test must see particles end"
 
 
+@pytest.mark.v2
 def test_plain_rows_are_drawn_by_vllm(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a mixed batch the logits of plain requests are neither written to nor drawn from by the step."""
     from vllm_twist.engine.v2.state import SlotTable
@@ -246,6 +303,7 @@ def no_waiting() -> Iterator[None]:
         GridExecutor.__call__ = real
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize(
     "read",
     [
@@ -264,6 +322,7 @@ def test_the_check_for_waiting_sees_it(read: Callable[[torch.Tensor], Any]) -> N
         read(torch.tensor([1.0, -1.0]))
 
 
+@pytest.mark.v2
 def test_the_step_never_waits_for_the_device(engine, wide: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding lanes, weighing, resampling, drawing, forking and preparing the output: no read, no mask, no loop.
 
@@ -302,6 +361,7 @@ def watched(real: Callable[..., Any], name: str, entered: list[str]) -> Callable
     return call
 
 
+@pytest.mark.v2
 def test_state_survives_a_preemption(engine, wide: Tiny) -> None:
     """A group that is parked mid-way goes on with its weights, and draws what it would have drawn.
 

@@ -1,9 +1,7 @@
-"""Models small enough for exact answers, and those answers."""
+"""Models small enough for exact answers, saved with their heads."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ class Tiny:
             return self.model.lm_head(hidden), self.head(hidden, self.model.lm_head, given)
 
 
-def _config(vocab: int, eos: int, **changes: Any) -> LlamaConfig:
+def llama_config(vocab: int, eos: int, **changes: Any) -> LlamaConfig:
     return LlamaConfig(
         **{
             "vocab_size": vocab,
@@ -85,7 +83,7 @@ def random_model(
     affordable number of groups averages out.
     """
     torch.manual_seed(vocab)
-    model = LlamaForCausalLM(_config(vocab, eos))
+    model = LlamaForCausalLM(llama_config(vocab, eos))
     with torch.no_grad():
         model.lm_head.weight *= 0.35
     rank = 8 if head_type in ("low_rank", "tied") else None
@@ -113,7 +111,7 @@ def bigram_model(folder: Path, vocab: int, eos: int) -> Tiny:
     generator = torch.Generator().manual_seed(7)
     transition = torch.rand(vocab, vocab, generator=generator, dtype=torch.float64) + 0.2
     transition /= transition.sum(-1, keepdim=True)
-    model = LlamaForCausalLM(_config(vocab, eos))
+    model = LlamaForCausalLM(llama_config(vocab, eos))
     scale = HIDDEN**0.5  # what RMS normalisation makes of a one-hot vector
     with torch.no_grad():
         for layer in model.model.layers:
@@ -134,104 +132,3 @@ def bigram_model(folder: Path, vocab: int, eos: int) -> Tiny:
         head.weight.zero_()
         head.weight[:, :vocab] = (psi.log() / scale).T.float()
     return save(folder, model, head, vocab=vocab, eos=eos, transition=transition)
-
-
-@dataclass(frozen=True)
-class Law:
-    """A target over finished sequences: log p0 and log (p0 psi_T) of each, and their log-sum."""
-
-    log_p: dict[tuple[int, ...], float]
-    log_target: dict[tuple[int, ...], float]
-
-    @property
-    def log_z(self) -> float:
-        return torch.tensor(list(self.log_target.values()), dtype=torch.float64).logsumexp(0).item()
-
-    def expectation(self, f: Any) -> float:
-        """Return E_sigma[f(sequence)]."""
-        log_z = self.log_z
-        return sum(f(s) * torch.tensor(v - log_z).exp().item() for s, v in self.log_target.items())
-
-
-def penalised(
-    logits: Tensor, prompt: list[int], output: tuple[int, ...], repetition: float, presence: float, frequency: float
-) -> Tensor:
-    """Return logits [V] with the penalties for tokens seen before."""
-    seen = torch.tensor([token in prompt or token in output for token in range(len(logits))])
-    counts = torch.tensor([float(output.count(token)) for token in range(len(logits))])
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(seen, scaled, logits) - presence * (counts > 0) - frequency * counts
-
-
-def truncated(
-    logits: Tensor, *, temperature: float = 1.0, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
-    """Return log p0 [N, V] after temperature, min-p, top-k and top-p (smallest set that reaches top_p)."""
-    log_p = (logits.double() / temperature).log_softmax(-1)
-    probabilities = log_p.exp()
-    weak = probabilities < min_p * probabilities.amax(-1, keepdim=True)
-    log_p = log_p.masked_fill(weak, -torch.inf).log_softmax(-1)
-    ordered, index = log_p.sort(dim=-1, descending=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k:
-        keep[:, top_k:] = False
-    kept = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
-    keep &= kept.cumsum(-1) - kept < top_p
-    mask = torch.zeros_like(keep).scatter(1, index, keep)
-    return log_p.masked_fill(~mask, -torch.inf).log_softmax(-1)
-
-
-def enumerate_law(
-    tiny: Tiny,
-    prompt: list[int],
-    horizon: int,
-    *,
-    scale: float = 1.0,
-    condition: list[int] | None = None,
-    ends: tuple[int, ...] | None = None,
-    bias: dict[int, float] | None = None,
-    allowed: list[int] | None = None,
-    min_tokens: int = 0,
-    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
-    ended: Callable[[tuple[int, ...]], bool] = lambda sequence: False,
-    **truncation: Any,
-) -> Law:
-    """Enumerate every sequence that ends with a token of ``ends`` (EOS), as ``ended`` says, or has ``horizon`` tokens.
-
-    ``penalties`` are repetition, presence and frequency.
-    """
-    ends = (tiny.eos,) if ends is None else ends
-    offsets = torch.zeros(tiny.vocab)
-    for token, value in (bias or {}).items():
-        offsets[token] = value
-    if allowed is not None:
-        offsets[[token for token in range(tiny.vocab) if token not in allowed]] = -torch.inf
-    log_p: dict[tuple[int, ...], float] = {}
-    log_target: dict[tuple[int, ...], float] = {}
-    open_: dict[tuple[int, ...], float] = {(): 0.0}
-    for step in itertools.count(1):
-        prefixes = list(open_)
-        logits, log_psi = tiny.logits_and_log_psi([prompt + list(prefix) for prefix in prefixes], condition)
-        logits = logits + offsets
-        if step <= min_tokens:
-            logits[:, list(ends)] = -torch.inf
-        logits = torch.stack(
-            [penalised(row, prompt, prefix, *penalties) for row, prefix in zip(logits, prefixes, strict=True)]
-        )
-        log_p0 = truncated(logits, **truncation)
-        following: dict[tuple[int, ...], float] = {}
-        for row, prefix in enumerate(prefixes):
-            for token in range(tiny.vocab):
-                value = open_[prefix] + log_p0[row, token].item()
-                if value == -torch.inf:
-                    continue
-                sequence = (*prefix, token)
-                if token in ends or step == horizon or ended(sequence):
-                    log_p[sequence] = value
-                    log_target[sequence] = value + scale * log_psi[row, token].item()
-                else:
-                    following[sequence] = value
-        open_ = following
-        if not open_:
-            return Law(log_p, log_target)
-    raise AssertionError("unreachable")

@@ -7,12 +7,16 @@ that tests there take fewer groups. With one it runs as it is, eager or, with TW
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-import light
 from packaging.version import Version
+
+from support import light_interpreter
 
 #: "v1", "v2" (synchronous scheduler) or "v2-async".
 RUNNER = os.environ.get("TWIST_TEST_RUNNER", "v1")
@@ -50,7 +54,7 @@ def emulate() -> None:
     # Nor are compiled kernels watched for integer overflow; ours are in their own tests. A seventh of the time.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    light.install()
+    light_interpreter.install()
 
 
 def keep_async() -> None:
@@ -95,3 +99,23 @@ def options() -> dict[str, Any]:
     if RUNNER == "v2-async":
         keep_async()
     return {"async_scheduling": RUNNER == "v2-async"}
+
+
+def marks_v2(value: Any) -> list[Any]:
+    """Return a test function's marks ``pytest.mark.v2(*cases)``."""
+    marks = value.pytestmark if inspect.isfunction(value) and hasattr(value, "pytestmark") else ()
+    return [mark for mark in marks if mark.name == "v2"]
+
+
+def marked_v2(folder: Path) -> list[str]:
+    """Return "file::test" of every test marked for Model Runner V2, or "file::test[case]" if its mark names cases.
+
+    Tests about that runner alone, in ``test_engine_v2``, come last.
+    """
+    found = []
+    for path in sorted(folder.glob("test_*.py"), key=lambda path: (path.stem == "test_engine_v2", path)):
+        if "mark.v2" in path.read_text():
+            for name, value in vars(importlib.import_module(path.stem)).items():
+                for mark in marks_v2(value):
+                    found += [f"{path.name}::{name}[{case}]" for case in mark.args] or [f"{path.name}::{name}"]
+    return found

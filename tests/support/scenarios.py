@@ -1,4 +1,4 @@
-"""Seeded requests whose whole outcome is compared between model runners."""
+"""Scenarios: seeded requests whose whole outcome is compared between model runners."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from support.engines import generate, params, prompt_of
 from vllm_twist import results
 
 
 @dataclass(frozen=True)
-class Path_:
+class Scenario:
     """One request, repeated with seeds of its own.
 
     Attributes:
@@ -53,25 +54,27 @@ def named(options: dict[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items())
 
 
-def _paths() -> list[Path_]:
+def _scenarios() -> list[Scenario]:
     every = {"twist_ess_threshold": 1.0}
     found = [
-        Path_("forks at every step over a block", "wide", 30, 1, {"max_tokens": 8, "ignore_eos": True, **every}),
-        Path_("prompt of one block", "wide", 32, 1, {"max_tokens": 4, **every}),
-        Path_("prompt of one token", "wide", 1, 1, {"max_tokens": 4, **every}),
-        Path_("particles that end", "wide", 20, 1, {"max_tokens": 12, "stop_token_ids": [7, 9], "twist_particles": 16}),
-        Path_("logprobs", "wide", 9, 1, {"max_tokens": 5, "logprobs": 3, "temperature": 0.8, **every}),
-        Path_("two groups", "wide", 9, 1, {"max_tokens": 3, "n": 2}),
-        Path_("penalties of forked histories", "wide", 5, 1, {"max_tokens": 8, "frequency_penalty": 0.9, **every}),
-        Path_("condition", "conditional", options={"max_tokens": 5, "twist_condition": [2, 3, 3], **every}),
-        Path_("condition of many blocks", "conditional", options={"max_tokens": 3, "twist_condition": [3, 2] * 40}),
-        Path_("optimal twist", "bigram", 2, 1, {"max_tokens": 8}),
-        Path_("one particle", options={"max_tokens": 5, "twist_particles": 1}),
+        Scenario("forks at every step over a block", "wide", 30, 1, {"max_tokens": 8, "ignore_eos": True, **every}),
+        Scenario("prompt of one block", "wide", 32, 1, {"max_tokens": 4, **every}),
+        Scenario("prompt of one token", "wide", 1, 1, {"max_tokens": 4, **every}),
+        Scenario(
+            "particles that end", "wide", 20, 1, {"max_tokens": 12, "stop_token_ids": [7, 9], "twist_particles": 16}
+        ),
+        Scenario("logprobs", "wide", 9, 1, {"max_tokens": 5, "logprobs": 3, "temperature": 0.8, **every}),
+        Scenario("two groups", "wide", 9, 1, {"max_tokens": 3, "n": 2}),
+        Scenario("penalties of forked histories", "wide", 5, 1, {"max_tokens": 8, "frequency_penalty": 0.9, **every}),
+        Scenario("condition", "conditional", options={"max_tokens": 5, "twist_condition": [2, 3, 3], **every}),
+        Scenario("condition of many blocks", "conditional", options={"max_tokens": 3, "twist_condition": [3, 2] * 40}),
+        Scenario("optimal twist", "bigram", 2, 1, {"max_tokens": 8}),
+        Scenario("one particle", options={"max_tokens": 5, "twist_particles": 1}),
     ]
     for scheme in ("systematic", "stratified", "multinomial", "residual"):
         for threshold in (0.7, 1.0):
             options = {"max_tokens": 5, "twist_resampling": scheme, "twist_ess_threshold": threshold}
-            found.append(Path_(f"{scheme} at {threshold}", options={**options, "twist_particles": 6}))
+            found.append(Scenario(f"{scheme} at {threshold}", options={**options, "twist_particles": 6}))
     for name, options in {
         "base proposal": {"twist_proposal": "base"},
         "base proposal, scaled": {"twist_proposal": "base", "twist_scale": 0.6, "temperature": 0.8},
@@ -80,27 +83,25 @@ def _paths() -> list[Path_]:
         "pinned, base proposal": {"twist_pinned": [3, 2, 1], "twist_proposal": "base", "top_k": 3},
         "pinned, one particle": {"twist_pinned": [2, 2, 1], "twist_particles": 1, "temperature": 0.8},
     }.items():
-        found.append(Path_(name, repeats=3, options={"max_tokens": 5, **every, **options}))
+        found.append(Scenario(name, repeats=3, options={"max_tokens": 5, **every, **options}))
     for options in PARAMETERS:
-        found.append(Path_(named(options), options={"max_tokens": 4, **every, **options}))
+        found.append(Scenario(named(options), options={"max_tokens": 4, **every, **options}))
     return found
 
 
-PATHS = _paths()
+SCENARIOS = _scenarios()
 
 
-def outcome(engine: Any, request: pytest.FixtureRequest, path: Path_) -> list[dict[str, Any]]:
-    """Run a path; return tokens, counts and numbers of each of its groups, fit for JSON."""
-    from test_engine import generate, params, prompt_of
-
-    tiny = request.getfixturevalue(path.model)
-    prompt = [2 + (token - 2) % (tiny.vocab - 2) for token in prompt_of(path.prompt)]
+def outcome(engine: Any, request: pytest.FixtureRequest, scenario: Scenario) -> list[dict[str, Any]]:
+    """Run a scenario; return tokens, counts and numbers of each of its groups, fit for JSON."""
+    tiny = request.getfixturevalue(scenario.model)
+    prompt = [2 + (token - 2) % (tiny.vocab - 2) for token in prompt_of(scenario.prompt)]
     requests = [
-        params(**{"seed": seed, "twist_particles": 4, "twist_return_particles": 1, **path.options})
-        for seed in range(path.repeats)
+        params(**{"seed": seed, "twist_particles": 4, "twist_return_particles": 1, **scenario.options})
+        for seed in range(scenario.repeats)
     ]
     found = []
-    for output in generate(engine(tiny), [prompt] * path.repeats, requests):
+    for output in generate(engine(tiny), [prompt] * scenario.repeats, requests):
         for completion, group in zip(output.outputs, results(output), strict=True):
             logprobs = [x.logprob for entry in completion.logprobs or () for x in entry.values()]
             found.append(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import elsewhere
 import pytest
-from elsewhere import Line
+from support import processes
+from support.processes import Line
 
 SOURCE = """
 import os, pytest, time
@@ -42,7 +42,8 @@ def add(line: Line, tmp_path: Path, death: str, *options: str, after: str | None
     folder.mkdir()
     (folder / "test_these.py").write_text(SOURCE.replace("{death}", death))
     environment = {"PYTHONPATH": str(Path(__file__).parent), "SAID": str(folder / "said")}
-    tests = ["-p", "elsewhere", "-o", "faulthandler_exit_on_timeout=true", *options, str(folder / "test_these.py")]
+    exits = ["-o", "faulthandler_exit_on_timeout=true"]
+    tests = ["-p", "support.processes", *exits, *options, str(folder / "test_these.py")]
     line.add_tests(folder.name, tests, environment, folder, after)
 
 
@@ -66,7 +67,7 @@ def test_outcomes(line: Line, tmp_path: Path):
 
 
 def test_process_that_hangs_is_killed(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(elsewhere, "HANG", 0.5)
+    monkeypatch.setattr(processes, "HANG", 0.5)
     line.add("a", ["-c", "print('up', flush=True); input()"], {}, tmp_path)
     line.add("b", ["-c", "import time; time.sleep(900)"], {}, tmp_path)
     line.start()
