@@ -92,7 +92,7 @@ def test_forks_at_every_step_across_blocks(clean, wide: Tiny, length: int, cachi
 
 def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch):
     """The check above fails when partial blocks are not copied."""
-    monkeypatch.setattr("vllm_twist.engine.v1.runner.copy_kv_cache_blocks_inplace", lambda *args: None)
+    monkeypatch.setattr("vllm_twist.engine.v1.fork.copy_kv_cache_blocks_inplace", lambda *args: None)
     (output,) = generate(
         engine(wide), [prompt_of(40)], params(max_tokens=40, ignore_eos=True, seed=5, twist_particles=8, **EVERY_STEP)
     )

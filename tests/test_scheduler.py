@@ -316,8 +316,8 @@ def refuse(*args: Any, **kwargs: Any) -> int:
 
 def test_long_continuations_take_their_own_size_and_leave_with_their_lanes():
     """Under Model Runner V2 a pinned lane costs its own tokens, once, and the lanes beside it nothing."""
-    from vllm_twist.engine.v1.state import LaneSpec
     from vllm_twist.engine.v2.state import SlotTable
+    from vllm_twist.engine.wire import LaneSpec
 
     def spec(name: str, pinned: tuple[int, ...] | None = None) -> LaneSpec:
         return LaneSpec(name, name, 0, 1, 2**15, 0.5, 0, 1.0, pinned=pinned, group_size=1)

@@ -35,11 +35,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_twist.engine import compat
-from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
-from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
-from vllm_twist.engine.v1.sampler import LaneSampler
-from vllm_twist.engine.v2.sampler import StepOutput, StepOutputs, TwistSampler
 from vllm_twist.engine.scheduler import TwistAsyncScheduler, TwistScheduler, TwistSchedulerMixin
+from vllm_twist.engine.v1.logits_processor import TwistLogitsProcessor
+from vllm_twist.engine.v1.sampler import LaneSampler
+from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
+from vllm_twist.engine.v2.sampler import StepOutput, StepOutputs, TwistSampler
 from vllm_twist.engine.worker import TwistWorkerMixin
 
 

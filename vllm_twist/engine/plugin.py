@@ -177,7 +177,7 @@ def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
     parallel.worker_cls = f"{_MODULE}.worker.{WORKERS[parallel.worker_cls]}"
     kind = "TwistAsyncScheduler" if scheduler.async_scheduling else "TwistScheduler"
     scheduler.scheduler_cls = f"{_MODULE}.scheduler.{kind}"
-    processor = "logits_processor_v2:TwistLogitsProcessorV2" if v2 else "logits_processor:TwistLogitsProcessor"
+    processor = "v2.logits_processor:TwistLogitsProcessorV2" if v2 else "v1.logits_processor:TwistLogitsProcessor"
     # Last, so that p0 is complete when the twist is applied.
     model.logits_processors = [*(model.logits_processors or ()), f"{_MODULE}.{processor}"]
     vllm_config.additional_config = {**vllm_config.additional_config, PREFIX: twist.to_dict()}

@@ -25,7 +25,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_twist.config import RequestConfig
 from vllm_twist.engine import stop_strings
 from vllm_twist.engine.admission import (
-    GROUP_KEY,
     check_pinned,
     fit_length,
     neutral_params,
@@ -33,8 +32,8 @@ from vllm_twist.engine.admission import (
     shared_again,
 )
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
-from vllm_twist.engine.v1.state import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.scoring import Scorer, read_potential
+from vllm_twist.engine.wire import CONDITION_KEY, GROUP_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.kernels.reference import SCHEMES
 from vllm_twist.results import RESULT_KEY
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_twist.engine.v2.fork import Fork
-from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout, Rows
+from vllm_twist.engine.v2.fork import Fork
+from vllm_twist.engine.v2.logits_processor import TwistLogitsProcessorV2
 from vllm_twist.engine.v2.sampler import StepOutputs, TwistSampler
 from vllm_twist.twist import TwistHead
 

@@ -15,11 +15,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_twist.engine.v2.fork import Fork
-from vllm_twist.engine.v1.state import TwistStep
 from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout
+from vllm_twist.engine.v2.fork import Fork
 from vllm_twist.engine.v2.state import Draw, LaneRows, SlotTable
+from vllm_twist.engine.wire import TwistStep
 from vllm_twist.kernels import ops
 
 

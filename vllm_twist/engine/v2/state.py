@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_twist.engine.v1.state import COLD, LaneSpec, centre, conditions_of, lineage_logprobs
+from vllm_twist.engine.logit_rows import COLD, centre, lineage_logprobs
+from vllm_twist.engine.wire import LaneSpec, conditions_of
 from vllm_twist.kernels import ops, reference
 
 NO_LOGPROBS = -1
