@@ -128,7 +128,7 @@ def test_ended_particles_free_their_kv_at_once(clean, wide: Tiny):
         for group in filter(lambda group: group.forked, scheduler.groups.values()):
             lanes = [lane for lane in group.lanes.values() if lane.live]
             assert {lane.request.request_id for lane in lanes} == set(scheduler.requests)
-            assert set(scheduler.block_tables.req_to_blocks) <= set(scheduler.requests)
+            assert set(scheduler.blocks.tables.req_to_blocks) <= set(scheduler.requests)
             live.append(len(lanes))
     assert outputs[0].finished
     assert live == sorted(live, reverse=True)

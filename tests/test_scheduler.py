@@ -82,13 +82,13 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        before = {name: [block.block_id for block in blocks] for name, blocks in self.block_tables.req_to_blocks.items()}
+        before = {name: [block.block_id for block in blocks] for name, blocks in self.blocks.tables.req_to_blocks.items()}
         outputs = update(self, scheduler_output, model_runner_output)
         for request_id, (preemptions, tables) in noted.pop(id(scheduler_output), {}).items():
             request = self.requests.get(request_id)
             if request is None or request.num_preemptions != preemptions:
                 continue
-            own = [block.block_id for block in self.block_tables.req_to_blocks[request_id]]
+            own = [block.block_id for block in self.blocks.tables.req_to_blocks[request_id]]
             changed.append(own != before[request_id])
             assert all(table == own[: len(table)] for table in tables), f"{request_id}: {tables} in the worker, {own}"
         return outputs

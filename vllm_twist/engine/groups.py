@@ -74,6 +74,11 @@ class Lane:
     def live(self) -> bool:
         return self.finish_reason is None
 
+    @property
+    def length(self) -> int:
+        """How many tokens its request has, those included that the worker is still drawing."""
+        return self.request.num_tokens + self.request.num_output_placeholders
+
 
 @dataclass
 class Group:
