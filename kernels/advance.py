@@ -180,6 +180,7 @@ def settle_kernel(
     tl.store(log_z + place, estimate, mask=touched)
     tl.store(num_resamplings + place, count, mask=touched)
 
+    # In the order of ``reference.Report``.
     tl.store(report + row, tl.load(ancestors + row, mask=inside, other=0).to(tl.float64), mask=inside)
     tl.store(report + lanes + row, weight, mask=inside)
     tl.store(report + 2 * lanes + row, log_p, mask=inside)

@@ -34,7 +34,7 @@ from vllm_twist.engine.groups import Group, Lane, log_sum_exp
 from vllm_twist.engine.kv_blocks import GroupBlocks, check_kv_cache
 from vllm_twist.engine.scoring import Scorer, read_potential
 from vllm_twist.engine.wire import CONDITION_KEY, GROUP_KEY, LANE_KEY, LaneSpec, TwistStep
-from vllm_twist.kernels.reference import SCHEMES
+from vllm_twist.kernels.schemes import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
 logger = init_logger(__name__)

@@ -12,14 +12,10 @@ from vllm_twist.engine.groups import effective_sample_size
 from vllm_twist.engine.logit_rows import lineage_logprobs
 from vllm_twist.engine.wire import LaneSpec, TwistStep, conditions_of
 from vllm_twist.kernels import compiled, reference
+from vllm_twist.kernels.schemes import is_uneven, may_resample
 
 #: Tokens for which the keys of their random numbers are made at once.
 KEYS_AHEAD = 32
-
-
-def _is_low(ess: float, threshold: float, live: int) -> bool:
-    """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
-    return ess == ess and (threshold >= 1 or ess < threshold * live)
 
 
 class _Layout:
@@ -252,10 +248,9 @@ class LaneTable:
             log_psi = log_psi * layout.scale
 
         layout.advance()
-        # A group may resample when all its live lanes are here, at the same token, neither at the
-        # first token (equal weights) nor at the last (it would only add noise).
+        # A group may resample when all its live lanes are here, at the same token.
         may = [
-            complete and at is not None and 1 < at < last and threshold > 0 and len(group) > 1
+            complete and at is not None and may_resample(at, last) and threshold > 0 and len(group) > 1
             for complete, at, last, threshold, group in zip(
                 layout.complete, layout.common, layout.last, layout.thresholds, layout.groups.values(), strict=True
             )
@@ -284,13 +279,10 @@ class LaneTable:
         if layout.held or layout.base_proposal is not None:
             token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
         if layout.base_proposal is not None:
-            # q = p0: what the token adds to the weight is known only now (Eq. 10).
-            gain = token_log_psi - layout.log_psi[ancestors]
-            log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
+            log_w = log_w + reference.base_gain(layout.base_proposal[:, 0], token_log_psi, layout.log_psi[ancestors])
         layout.log_w = log_w
         layout.log_p = log_p + token_log_p
-        # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
-        layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
+        layout.log_psi = reference.kept_log_psi(token_log_psi)
 
         flags = [False] * len(specs)
         for group, fired in zip(layout.groups.values(), resampled, strict=True):
@@ -320,7 +312,7 @@ class LaneTable:
         # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
         weights = log_w.tolist()
         resampled = [
-            can and _is_low(effective_sample_size([weights[i] for i in group]), threshold, len(group))
+            can and is_uneven(effective_sample_size([weights[i] for i in group]), threshold, len(group))
             for can, threshold, group in zip(may, layout.thresholds, layout.groups.values(), strict=True)
         ]
         if not any(resampled):

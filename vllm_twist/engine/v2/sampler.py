@@ -21,6 +21,7 @@ from vllm_twist.engine.v2.fork import Fork
 from vllm_twist.engine.v2.state import Draw, LaneRows, SlotTable
 from vllm_twist.engine.wire import TwistStep
 from vllm_twist.kernels import ops
+from vllm_twist.kernels.reference import Report
 
 
 class TwistSampler(Sampler):
@@ -174,7 +175,7 @@ class StepOutput:
         if self.drawn is None:
             return TwistStep(conditions=conditions)
         assert self.report is not None and self.found is not None and self.num_logprobs is not None
-        ancestors, log_w, log_p, log_psi, resampled, log_z, num_resamplings = self.report
+        report = Report(*self.report)
         lane_ids = [self.req_ids[row] for row in self.found.rows_np]
         logprobs = {}
         if self.logprobs:
@@ -183,13 +184,13 @@ class StepOutput:
                 logprobs[lane_ids[lane]] = ids[i][: count + 1], values[i][: count + 1], ranks[i]
         return TwistStep(
             lane_ids=lane_ids,
-            ancestors=ancestors.astype(np.int64).tolist(),
-            log_w=log_w.tolist(),
-            log_p=log_p.tolist(),
-            log_psi=log_psi.tolist(),
-            resampled=(resampled != 0).tolist(),
-            log_z=log_z.tolist(),
-            num_resamplings=num_resamplings.astype(np.int64).tolist(),
+            ancestors=report.ancestors.astype(np.int64).tolist(),
+            log_w=report.log_w.tolist(),
+            log_p=report.log_p.tolist(),
+            log_psi=report.log_psi.tolist(),
+            resampled=(report.resampled != 0).tolist(),
+            log_z=report.log_z.tolist(),
+            num_resamplings=report.num_resamplings.astype(np.int64).tolist(),
             conditions=conditions,
             logprobs=logprobs,
         )

@@ -383,8 +383,7 @@ class SlotTable:
             log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
         gain = None
         if base is not None:
-            # q = p0: what the token adds to the weight is known only now (Eq. 10).
-            gain = torch.where(base, token_log_psi - before[ancestors], 0.0)
+            gain = reference.base_gain(base, token_log_psi, before[ancestors])
         report = ops.settle(
             self.lanes, self.groups, self.totals, self.row_of, moved, token, log_p, token_log_psi, gain, **on
         )
