@@ -38,8 +38,6 @@ class TwistSampler(Sampler):
         self.fork: Fork | None = None
         self.found: LaneRows | None = None
         self.drawn: Draw | None = None
-        #: The logits of the step under way, as the model gave them.
-        self.raw: Tensor | None = None
         #: Rows whose hidden states are conditions [C], and the same on the host.
         self.conditions: Tensor | None = None
         self.conditions_np: np.ndarray = np.empty(0, dtype=np.int64)
@@ -58,9 +56,9 @@ class TwistSampler(Sampler):
         if self.fork is None:
             self.found = self.drawn = None
             self._rehearse(logits)
-        self.raw = logits
+        self.table.raw = logits
         output = super().__call__(logits, input_batch)
-        self.raw = None
+        self.table.raw = None
         if self.drawn is not None and self.table.forks:
             assert self.found is not None and self.fork is not None, "lanes before the KV cache was set up"
             self.fork(self.found, self.drawn.ancestors, input_batch.seq_lens)
@@ -98,7 +96,7 @@ class TwistSampler(Sampler):
             )
         processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
         log_psi = self.readout.twist(self.table.conditions_of(found), self.table.backend)
-        self.drawn = self.table.step(processed_logits, found, log_psi, self.raw)
+        self.drawn = self.table.step(processed_logits, found, log_psi)
         if found.rows is None:
             return self.drawn.token, processed_logits
         sampled = torch.empty_like(expanded_idx_mapping, dtype=torch.int64)

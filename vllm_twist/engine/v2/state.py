@@ -91,6 +91,8 @@ class SlotTable:
 
         self.device, self.backend, self.num_slots = device, backend, num_slots
         self.logprobs_mode = logprobs_mode
+        #: The batch's logits as the model gave them, during its step: what logprobs of a raw mode are of.
+        self.raw: Tensor | None = None
         self.lanes = reference.Lanes(
             log_w=zeros(torch.float64),
             log_p=zeros(torch.float64),
@@ -341,16 +343,13 @@ class SlotTable:
         self.offsets.index_copy_(0, self._upload(slots_np, torch.int64), peak.float() / temperature)
 
     @torch.inference_mode()
-    def step(
-        self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank, raw: Tensor | None = None
-    ) -> Draw:
+    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank) -> Draw:
         """Weigh, resample, then sample one token for every lane in the batch (Zhao et al. 2024, Prop. 3.3).
 
         Args:
             logits: [N, V] of the whole batch, as p0 is drawn from but for the lanes' own temperatures.
             found: the lanes in it.
             log_psi: log psi of every next token, [L, V] or in factors.
-            raw: the batch's logits as the model gave them, for logprobs of a raw mode.
         """
         rows, slots, where = found.rows, found.slots, found.slots_np
         beta = self.inverse_temperature[slots] if self._tempered[where].any() else None
@@ -393,7 +392,7 @@ class SlotTable:
         if len(wanted):
             index = self._upload(wanted, torch.int64)
             parents, mode = ancestors[index], self.logprobs_mode
-            given = raw if mode.startswith("raw") and raw is not None else logits
+            given = self.raw if mode.startswith("raw") and self.raw is not None else logits
             scores = given[parents if rows is None else rows[parents]].float()
             if mode.startswith("processed") and beta is not None:
                 scores = scores * beta[parents, None]
