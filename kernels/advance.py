@@ -121,7 +121,7 @@ def settle_kernel(
     members,
     particles,
     total_rows,
-    left,
+    log_w_ended,
     log_z,
     num_resamplings,
     row_of,
@@ -169,7 +169,7 @@ def settle_kernel(
 
     # Sums with a NaN are NaN, whatever the maximum says; with +inf they are +inf.
     place = tl.load(total_rows + group).to(tl.int64)
-    outside = tl.load(left + place)
+    outside = tl.load(log_w_ended + place)
     top = tl.maximum(tl.max(weight, axis=0), outside)
     shift = tl.where(tl.abs(top) < float("inf"), top, 0.0)
     total = tl.sum(tl.exp(weight - shift), axis=0) + tl.exp(outside - shift)

@@ -390,13 +390,13 @@ class Totals(NamedTuple):
     """What has come of whole groups so far, in R rows; written in place.
 
     Attributes:
-        left: log of the summed weights of particles that have ended and are members no more, float64 [R]; -inf
-            for none.
+        log_w_ended: log of the summed weights of particles that have ended and are members no more, float64 [R];
+            -inf for none.
         log_z: log of the estimate of Z, float64 [R] (nats).
         num_resamplings: how often each group has resampled, int32 [R].
     """
 
-    left: Tensor
+    log_w_ended: Tensor
     log_z: Tensor
     num_resamplings: Tensor
 
@@ -435,8 +435,8 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
     row = torch.where(member, row_of[slot].long(), -1)
     ended = member & lanes.ended[slot]
     here = (row >= 0) & ~ended
-    step = (lse_psi - lse0)[row.clamp(min=0)] - lanes.log_psi[slot]
-    log_w = lanes.log_w[slot] + torch.where(here, step, 0.0)
+    increment = (lse_psi - lse0)[row.clamp(min=0)] - lanes.log_psi[slot]
+    log_w = lanes.log_w[slot] + torch.where(here, increment, 0.0)
     position = lanes.position[slot] + here
     highest = torch.where(here, position, 0).amax(-1)
     lowest = torch.where(here, position, highest[:, None]).amin(-1)
@@ -513,7 +513,7 @@ def settle(
 
     A lane that had ended before stays as it is. Then, for the groups that have a lane in the batch:
 
-        log_z            = log(sum of the weights of all members + exp(left)) - log(particles)
+        log_z            = log(sum of the weights of all members + exp(log_w_ended)) - log(particles)
         num_resamplings += whether the group resampled
 
     Args:
@@ -541,7 +541,7 @@ def settle(
     of_group = order.scatter(0, row[inside], inside.nonzero()[:, 0])
     touched, at = inside.any(-1), groups.rows.long()
     weights = torch.where(member, lanes.log_w[slot], float("-inf"))
-    log_z = torch.logsumexp(torch.cat([weights, totals.left[at, None]], 1), -1) - groups.particles.double().log()
+    log_z = torch.logsumexp(torch.cat([weights, totals.log_w_ended[at, None]], 1), -1) - groups.particles.double().log()
     fired = torch.zeros_like(touched).index_put((of_group[moved.resampled],), torch.ones_like(touched[:1]))
     totals.log_z[at] = torch.where(touched, log_z, totals.log_z[at])
     totals.num_resamplings[at] += fired

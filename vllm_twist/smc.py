@@ -144,8 +144,8 @@ def smc(
         )
     weigh_first = order == "weigh_first"
     if resample_at is None:
-        last = target.horizon
-        resample_at = [t for t in range(1, last) if not weigh_first or may_resample(t, last)]
+        horizon = target.horizon
+        resample_at = [t for t in range(1, horizon) if not weigh_first or may_resample(t, horizon)]
     is_pinned = torch.arange(particles) < (0 if pinned is None else 1)
     ended = torch.zeros(particles, dtype=torch.bool)
     num_resamplings = 0

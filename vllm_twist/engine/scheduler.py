@@ -231,7 +231,7 @@ class TwistSchedulerMixin(_Base):
             if self._pause_state == PauseState.PAUSED_NEW:
                 self._let_lanes_drain()
             self._make_room()
-            self._hold_lanes_ahead()
+            self._keep_lanes_back()
             self._brief_lanes()
         if self.scorer and not (self.staged or any(super().get_request_counts())):
             # Nothing to run until phi is known. New requests wait that long at most.
@@ -383,7 +383,7 @@ class TwistSchedulerMixin(_Base):
 
     # ---- lockstep -------------------------------------------------------------------------
 
-    def _hold_lanes_ahead(self) -> None:
+    def _keep_lanes_back(self) -> None:
         """Keep lanes that are a token ahead of their group out of the next batch; so is a leader before its fork."""
         for group in self._active_groups():
             if any(lane.detector and lane.request.num_output_placeholders for lane in group.live_lanes()):
@@ -406,13 +406,13 @@ class TwistSchedulerMixin(_Base):
                 continue
             waiting = [lane for lane in group.live_lanes() if lane.request.status != RequestStatus.RUNNING]
             group.entering = bool(waiting) or not group.forked
-            left = log_sum_exp([lane.log_w for lane in group.lanes.values() if not lane.live])
+            log_w_ended = log_sum_exp([lane.log_w for lane in group.lanes.values() if not lane.live])
             for lane in waiting:
                 extra = lane.request.sampling_params.extra_args
                 extra[LANE_KEY] = dataclasses.replace(
                     extra[LANE_KEY],
                     group_size=group.num_live,
-                    left=left,
+                    log_w_ended=log_w_ended,
                     num_resamplings=group.num_resamplings,
                     log_w=lane.log_w,
                     log_p=lane.log_p,
@@ -434,17 +434,29 @@ class TwistSchedulerMixin(_Base):
             if (group := self.group_of.get(lane_id)) is not None
             and not group.lanes[lane_id].request.num_stale_output_tokens
         }
-        # Read before the forks: a parent's history may be copied more than once.
+        self._mirror_forks(step, touched)
+        self._mirror_weights(step, touched)
+        failed = self._why_failed(step, touched)
+        for group in {group.id: group for group in touched.values()}.values():
+            if not group.forked:
+                self._create_lanes(group)
+        for group_id, reason in failed.items():
+            self._fail(self.groups[group_id], reason)
+
+    def _mirror_forks(self, step: TwistStep, touched: dict[str, Group]) -> None:
+        """Give every replaced lane its parent's tokens, blocks, logprobs and text."""
         forks = [(child, parent) for child, parent in step.forks() if child in touched]
+        # Read before the forks: a parent's history may be copied more than once.
         history = {parent: list(touched[parent].lanes[parent].logprobs) for _, parent in forks}
         for child, parent in forks:
             lanes = touched[child].lanes
             self._fork(lanes[child].request, lanes[parent].request)
             lanes[child].logprobs = list(history[parent])
             lanes[child].detector = stop_strings.fork(lanes[parent].detector)
+
+    def _mirror_weights(self, step: TwistStep, touched: dict[str, Group]) -> None:
+        """Take over the lanes' state and that of their groups."""
         resampled: dict[str, Group] = {}
-        #: Why groups fail, by id: the first reason found, for a group can have several.
-        failed = {group.id: why for lane_id, why in step.failures.items() if (group := touched.get(lane_id))}
         for i, lane_id in enumerate(step.lane_ids):
             group = touched.get(lane_id)
             if group is None:
@@ -462,20 +474,25 @@ class TwistSchedulerMixin(_Base):
                 ancestor = index[step.lane_ids[step.ancestors[i]]]
                 position = lane.request.num_output_tokens + 1
                 group.record(index[lane_id], position, ancestor, lane.log_w, step.resampled[i])
-            if math.isnan(lane.log_w) or lane.log_w == math.inf:
-                failed.setdefault(group.id, GONE_WRONG)
         for group in resampled.values():
             group.num_resamplings += 1
-        for group in {group.id: group for group in touched.values()}.values():
+
+    def _why_failed(self, step: TwistStep, touched: dict[str, Group]) -> dict[str, str]:
+        """Return why groups cannot go on, by id: the first reason found, for a group can have several."""
+        failed = {group.id: why for lane_id, why in step.failures.items() if (group := touched.get(lane_id))}
+        for lane_id, group in touched.items():
+            log_w = group.lanes[lane_id].log_w
+            if math.isnan(log_w) or log_w == math.inf:
+                failed.setdefault(group.id, GONE_WRONG)
+        for group in touched.values():
             if not group.forked:
-                self._create_lanes(group)
+                continue
             # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
-            elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
+            if group.is_weightless:
                 failed.setdefault(group.id, GONE_WRONG)
             elif group.pinned_is_impossible:
                 failed.setdefault(group.id, IMPOSSIBLE)
-        for group_id, reason in failed.items():
-            self._fail(self.groups[group_id], reason)
+        return failed
 
     def _fork(self, child: Request, parent: Request) -> None:
         """Give the child the parent's tokens and blocks."""
@@ -605,7 +622,7 @@ class TwistSchedulerMixin(_Base):
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {outcome}"))
                 continue
             group.reweigh(outcome)
-            if all(lane.log_w == -math.inf for lane in group.lanes.values()):
+            if group.is_weightless:
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
             elif group.pinned_is_impossible:
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))

@@ -28,11 +28,11 @@ class LaneSpec:
     ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
     ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
 
-    ``particles`` is K; ``left``, the log of the summed weights of the particles that have ended, and
+    ``particles`` is K; ``log_w_ended``, the log of the summed weights of the particles that have ended, and
     ``num_resamplings`` are the group's state when it was last sent.
 
     ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
-    that lane 0 is held to. ``condition`` is what a conditional head reads of o_T, float32 [H] as bytes.
+    that lane 0 is pinned to. ``condition`` is what a conditional head reads of o_T, float32 [H] as bytes.
     """
 
     lane_id: str
@@ -52,7 +52,7 @@ class LaneSpec:
     inverse_temperature: float = 1.0
     temperature: float = 1.0
     particles: int = 1
-    left: float = -math.inf
+    log_w_ended: float = -math.inf
     num_resamplings: int = 0
     group_size: int = 0
     log_w: float = 0.0

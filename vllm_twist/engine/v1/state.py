@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,32 @@ from vllm_twist.kernels.schemes import is_uneven, may_resample
 
 #: Tokens for which the keys of their random numbers are made at once.
 KEYS_AHEAD = 32
+
+
+def _members_of(specs: list[LaneSpec]) -> dict[str, list[int]]:
+    """Return where each group's lanes stand among ``specs``, by their own index.
+
+    Not by row: where a lane stands in the batch must not change what is drawn.
+    """
+    members: dict[str, list[int]] = {}
+    for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
+        members.setdefault(specs[position].group_id, []).append(position)
+    return members
+
+
+def _seats_of(specs: list[LaneSpec], members: dict[str, list[int]]) -> tuple[list[list[int]], list[list[bool]]]:
+    """Return [G, K] where the lane of each index stands, and whether it is there.
+
+    Each at its own index, whoever else is there; places without a lane point at the group's first and are never live.
+    """
+    width = 1 + max(spec.index for spec in specs)
+    seats = [[group[0]] * width for group in members.values()]
+    live = [[False] * width for _ in members]
+    for seat, taken, group in zip(seats, live, members.values(), strict=True):
+        for position in group:
+            index = specs[position].index
+            seat[index], taken[index] = position, True
+    return seats, live
 
 
 class _Layout:
@@ -48,20 +74,9 @@ class _Layout:
         top_p = [spec.top_p for spec in specs]
         self.top_p = tensor(top_p, torch.float32) if min(top_p) < 1 else None
 
-        members: dict[str, list[int]] = {}
-        # By lane, not by row: where a lane stands in the batch must not change what is drawn.
-        for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
-            members.setdefault(specs[position].group_id, []).append(position)
-        self.groups = members
+        self.groups = members = _members_of(specs)
         self.last = [specs[group[0]].last_position for group in members.values()]
-        width = 1 + max(spec.index for spec in specs)
-        # Each lane at its own index, whoever else is there; places without one point at the first and are never live.
-        seats = [[group[0]] * width for group in members.values()]
-        live = [[False] * width for _ in members]
-        for seat, taken, group in zip(seats, live, members.values(), strict=True):
-            for position in group:
-                index = specs[position].index
-                seat[index], taken[index] = position, True
+        seats, live = _seats_of(specs, members)
         self.members, self.live = tensor(seats), tensor(live, torch.bool)
         firsts = [specs[group[0]] for group in members.values()]
         self.thresholds = [spec.ess_threshold for spec in firsts]
@@ -70,7 +85,8 @@ class _Layout:
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
         conditions = conditions_of(specs)
         self.conditions = None if conditions is None else torch.from_numpy(conditions).to(device)
-        self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
+        #: Pinned lanes, and their continuations.
+        self.pins = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
         # Lane 0 of a group is its first member, unless it has ended.
         pinned = [spec.pinned is not None for spec in firsts]
         self.pinned = tensor(pinned, torch.bool) if any(pinned) else None
@@ -92,6 +108,15 @@ class _Layout:
             here = {positions[i] for i in group}
             self.common.append(here.pop() if len(here) == 1 else None)
 
+    def may_resample(self) -> list[bool]:
+        """Return which groups may: those whose live lanes are all here, at the same token."""
+        return [
+            complete and at is not None and may_resample(at, last) and threshold > 0 and len(group) > 1
+            for complete, at, last, threshold, group in zip(
+                self.complete, self.common, self.last, self.thresholds, self.groups.values(), strict=True
+            )
+        ]
+
     def advance(self) -> None:
         """Go on to the next token."""
         self.position += 1
@@ -105,6 +130,26 @@ class _Layout:
         self.common = [None if position is None else position + 1 for position in self.common]
 
 
+class _Drawn(NamedTuple):
+    """What a step has drawn, [L].
+
+    Attributes:
+        token, log_p, log_psi: the tokens, with log p0 and log psi of each.
+        log_w: the lanes' weights after them.
+        lse0: normaliser of each lane's p0, whosever token it drew.
+        ancestors: whose children drew; None where no group resampled.
+        resampled: which groups did.
+    """
+
+    token: Tensor
+    log_p: Tensor
+    log_psi: Tensor
+    log_w: Tensor
+    lse0: Tensor
+    ancestors: Tensor | None
+    resampled: list[bool]
+
+
 #: Names of the state tensors, of a table by slot and of a layout by lane.
 _STATE = ("log_w", "log_psi", "log_p", "position")
 
@@ -112,7 +157,7 @@ _STATE = ("log_w", "log_psi", "log_p", "position")
 class LaneTable:
     """SMC state of all lanes on the worker, one slot each, and the step that advances it.
 
-    A lane keeps its slot, and so its weight, while it is out of the batch (held or preempted);
+    A lane keeps its slot, and so its weight, while it is out of the batch (kept back or preempted);
     ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does; ``compile`` has the passes over
     the vocabulary compiled; ``logprobs_mode`` is the engine's.
     """
@@ -151,7 +196,7 @@ class LaneTable:
         """Give a lane a slot with fresh state; a lane that has one keeps it."""
         if spec.lane_id in self.slots:
             return
-        self._settle()
+        self._write_back()
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -168,7 +213,7 @@ class LaneTable:
             slot = self.slots.pop(lane_id, None)
             if slot is None:
                 continue
-            self._settle()
+            self._write_back()
             self._free.append(slot)
             group_id = self._groups.pop(lane_id)
             self.group_sizes[group_id] -= 1
@@ -185,15 +230,15 @@ class LaneTable:
 
     def _lay_out(self, rows: list[int], specs: list[LaneSpec]) -> _Layout:
         if self._layout is None or self._layout[0] != rows or self._layout[1] != specs:
-            self._settle()
+            self._write_back()
             slots = [self.slots[spec.lane_id] for spec in specs]
             layout = _Layout(rows, specs, slots, self.group_sizes, self.device)
             layout.enter(**{name: getattr(self, name)[layout.slots] for name in _STATE})
             self._layout = rows, specs, layout
         return self._layout[2]
 
-    def _settle(self) -> None:
-        """Write the layout's state back to the slots, before either changes."""
+    def _write_back(self) -> None:
+        """Write the layout's state to the slots, before either changes."""
         if self._layout is not None:
             layout = self._layout[2]
             for name in _STATE:
@@ -248,60 +293,71 @@ class LaneTable:
             log_psi = log_psi * layout.scale
 
         layout.advance()
-        # A group may resample when all its live lanes are here, at the same token.
-        may = [
-            complete and at is not None and may_resample(at, last) and threshold > 0 and len(group) > 1
-            for complete, at, last, threshold, group in zip(
-                layout.complete, layout.common, layout.last, layout.thresholds, layout.groups.values(), strict=True
-            )
-        ]
-        resampled, ancestors = may, None
-        if not any(may) and layout.base_proposal is None:
-            lse0, log_w, token, token_log_p, token_log_psi = self.passes.weigh_and_sample(
-                base, log_psi, layout.keys, layout.log_w, layout.log_psi
-            )
-        else:
-            log_psi_q, due = log_psi, layout.log_psi
-            if layout.base_proposal is not None:
-                # The proposal sees nothing of the twist.
-                log_psi_q = log_psi.masked_fill(layout.base_proposal, 0.0)
-                due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
-            lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
-            log_w = layout.log_w + (lse_psi - lse0 - due)
-            resampled, ancestors = self._resample(layout, log_w, may)
-            token, token_log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
-        log_p = layout.log_p if ancestors is None else layout.log_p[ancestors]
-        ancestors = layout.identity if ancestors is None else ancestors
-        if layout.held:
-            places = layout.position.tolist()
-            for i, continuation in layout.held:
-                token[i] = continuation[min(places[i], len(continuation)) - 1]
-        if layout.held or layout.base_proposal is not None:
-            token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
-        if layout.base_proposal is not None:
-            log_w = log_w + reference.base_gain(layout.base_proposal[:, 0], token_log_psi, layout.log_psi[ancestors])
-        layout.log_w = log_w
-        layout.log_p = log_p + token_log_p
-        layout.log_psi = reference.kept_log_psi(token_log_psi)
+        drawn = self._weigh_and_draw(layout, base, log_psi)
+        if layout.pins or layout.base_proposal is not None:
+            drawn = self._pin_and_gain(layout, drawn, base, log_psi)
+        ancestors, log_p = layout.identity, layout.log_p
+        if drawn.ancestors is not None:
+            ancestors, log_p = drawn.ancestors, log_p[drawn.ancestors]
+        layout.log_w, layout.log_p = drawn.log_w, log_p + drawn.log_p
+        layout.log_psi = reference.kept_log_psi(drawn.log_psi)
 
         flags = [False] * len(specs)
-        for group, fired in zip(layout.groups.values(), resampled, strict=True):
+        for group, fired in zip(layout.groups.values(), drawn.resampled, strict=True):
             for i in group:
                 flags[i] = fired
-        logprobs = self._logprobs(specs, base, lse0, ancestors, token, raw, None if offsets is None else offsets[rows])
-        self._drawn = token if len(rows) == len(logits) else None
+        taken_off = None if offsets is None else offsets[rows]
+        logprobs = self._logprobs(specs, base, drawn.lse0, ancestors, drawn.token, raw, taken_off)
+        self._drawn = drawn.token if len(rows) == len(logits) else None
         if self._drawn is None:
             logits[layout.rows] = float("-inf")
-            logits[layout.rows, token] = 0.0
+            logits[layout.rows, drawn.token] = 0.0
         return TwistStep(
             lane_ids=layout.lane_ids,
             ancestors=ancestors.tolist(),
-            log_w=log_w.tolist(),
+            log_w=layout.log_w.tolist(),
             log_p=layout.log_p.tolist(),
             log_psi=layout.log_psi.tolist(),
             resampled=flags,
             logprobs=logprobs,
         )
+
+    def _weigh_and_draw(self, layout: _Layout, base: Tensor, log_psi: Tensor) -> _Drawn:
+        """Weigh, resample, then draw, but for what base proposals and pinned lanes have of their own.
+
+        Args:
+            base: logits of p0 [L, V].
+            log_psi: of every next token [L, V].
+        """
+        may = layout.may_resample()
+        if not any(may) and layout.base_proposal is None:
+            lse0, log_w, token, log_p, token_log_psi = self.passes.weigh_and_sample(
+                base, log_psi, layout.keys, layout.log_w, layout.log_psi
+            )
+            return _Drawn(token, log_p, token_log_psi, log_w, lse0, None, may)
+        log_psi_q, due = log_psi, layout.log_psi
+        if layout.base_proposal is not None:
+            # The proposal sees nothing of the twist.
+            log_psi_q = log_psi.masked_fill(layout.base_proposal, 0.0)
+            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+        lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
+        log_w = layout.log_w + (lse_psi - lse0 - due)
+        resampled, ancestors = self._resample(layout, log_w, may)
+        token, log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
+        return _Drawn(token, log_p, token_log_psi, log_w, lse0, ancestors, resampled)
+
+    def _pin_and_gain(self, layout: _Layout, drawn: _Drawn, base: Tensor, log_psi: Tensor) -> _Drawn:
+        """Put the pinned lanes' own tokens in the place of those drawn; weigh what was drawn from p0."""
+        token, log_w = drawn.token, drawn.log_w
+        ancestors = layout.identity if drawn.ancestors is None else drawn.ancestors
+        if layout.pins:
+            places = layout.position.tolist()
+            for i, continuation in layout.pins:
+                token[i] = continuation[min(places[i], len(continuation)) - 1]
+        log_p, token_log_psi = base[ancestors, token] - drawn.lse0[ancestors], log_psi[ancestors, token]
+        if layout.base_proposal is not None:
+            log_w = log_w + reference.base_gain(layout.base_proposal[:, 0], token_log_psi, layout.log_psi[ancestors])
+        return drawn._replace(token=token, log_p=log_p, log_psi=token_log_psi, log_w=log_w)
 
     def _resample(self, layout: _Layout, log_w: Tensor, may: list[bool]) -> tuple[list[bool], Tensor | None]:
         """Resample the groups that may and need to, their ``log_w`` [L] in place.

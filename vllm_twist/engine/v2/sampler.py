@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout
 from vllm_twist.engine.v2.fork import Fork
-from vllm_twist.engine.v2.state import Draw, LaneRows, SlotTable
+from vllm_twist.engine.v2.state import Drawn, LaneRows, SlotTable
 from vllm_twist.engine.wire import TwistStep
 from vllm_twist.kernels import ops
 from vllm_twist.kernels.reference import Report
@@ -37,7 +37,7 @@ class TwistSampler(Sampler):
         self.table, self.readout, self.fork_processors = table, readout, fork_processors
         self.fork: Fork | None = None
         self.found: LaneRows | None = None
-        self.drawn: Draw | None = None
+        self.drawn: Drawn | None = None
         #: Rows whose hidden states are conditions [C], and the same on the host.
         self.conditions: Tensor | None = None
         self.conditions_np: np.ndarray = np.empty(0, dtype=np.int64)
@@ -149,7 +149,7 @@ class StepOutput:
     condition_ids: list[str]
     conditions: Tensor | None
     found: LaneRows | None = None
-    drawn: Draw | None = None
+    drawn: Drawn | None = None
     num_logprobs: np.ndarray | None = None
     report: np.ndarray | None = None
     logprobs: tuple[np.ndarray, ...] = ()
