@@ -82,7 +82,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        before = {name: [block.block_id for block in blocks] for name, blocks in self.blocks.tables.req_to_blocks.items()}
+        held = self.blocks.tables.req_to_blocks
+        before = {name: [block.block_id for block in blocks] for name, blocks in held.items()}
         outputs = update(self, scheduler_output, model_runner_output)
         for request_id, (preemptions, tables) in noted.pop(id(scheduler_output), {}).items():
             request = self.requests.get(request_id)
