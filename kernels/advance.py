@@ -121,7 +121,7 @@ def settle_kernel(
     members,
     particles,
     total_rows,
-    left,
+    log_w_ended,
     log_z,
     num_resamplings,
     row_of,
@@ -169,7 +169,7 @@ def settle_kernel(
 
     # Sums with a NaN are NaN, whatever the maximum says; with +inf they are +inf.
     place = tl.load(total_rows + group).to(tl.int64)
-    outside = tl.load(left + place)
+    outside = tl.load(log_w_ended + place)
     top = tl.maximum(tl.max(weight, axis=0), outside)
     shift = tl.where(tl.abs(top) < float("inf"), top, 0.0)
     total = tl.sum(tl.exp(weight - shift), axis=0) + tl.exp(outside - shift)
@@ -180,6 +180,7 @@ def settle_kernel(
     tl.store(log_z + place, estimate, mask=touched)
     tl.store(num_resamplings + place, count, mask=touched)
 
+    # In the order of ``reference.Report``.
     tl.store(report + row, tl.load(ancestors + row, mask=inside, other=0).to(tl.float64), mask=inside)
     tl.store(report + lanes + row, weight, mask=inside)
     tl.store(report + 2 * lanes + row, log_p, mask=inside)

@@ -402,7 +402,7 @@ def settle(
     width = _check_groups(groups, row_of, len(lanes.log_w), device)
     for name, x, dtype in zip(Totals._fields, totals, (torch.float64, torch.float64, torch.int32), strict=True):
         remedy = "pass one value per row of `groups.rows`"
-        _check(f"totals.{name}", x, (len(totals.left),), (dtype,), device, remedy, dense=True)
+        _check(f"totals.{name}", x, (len(totals.log_w_ended),), (dtype,), device, remedy, dense=True)
     drawn = (("token", token, torch.int64), ("log_p", log_p, torch.float32), ("log_psi", log_psi, torch.float32))
     for name, x, dtype in drawn:
         _check(name, x, (len(token),), (dtype,), device, "pass what twist_sample returned", dense=True)

@@ -8,14 +8,14 @@ runs on any device without leaving it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-SYSTEMATIC, STRATIFIED, MULTINOMIAL, RESIDUAL = range(4)
-#: Scheme names in the order of their codes.
-SCHEMES = ("systematic", "stratified", "multinomial", "residual")
+from .schemes import MULTINOMIAL as MULTINOMIAL
+from .schemes import RESIDUAL, STRATIFIED, SYSTEMATIC, is_uneven, may_resample
+from .schemes import SCHEMES as SCHEMES
 
 # Streams of random numbers that never meet: one for tokens, one for resampling.
 TOKEN_STREAM, RESAMPLE_STREAM = 0, 1
@@ -276,9 +276,7 @@ def should_resample(log_w: Tensor, live: Tensor, allowed: Tensor, thresholds: Te
     most = masked.amax(-1)  # propagates NaN
     ess = torch.where(torch.isfinite(most), effective_sample_size(masked, live), float("nan"))
     n = live.sum(-1)
-    thresholds = thresholds.to(torch.float64)
-    uneven = (ess < thresholds * n) | (thresholds >= 1.0)
-    return allowed & torch.isfinite(ess) & (n >= 2) & uneven, ess
+    return allowed & (n >= 2) & is_uneven(ess, thresholds.to(torch.float64), n), ess
 
 
 def resample(
@@ -392,13 +390,13 @@ class Totals(NamedTuple):
     """What has come of whole groups so far, in R rows; written in place.
 
     Attributes:
-        left: log of the summed weights of particles that have ended and are members no more, float64 [R]; -inf
-            for none.
+        log_w_ended: log of the summed weights of particles that have ended and are members no more, float64 [R];
+            -inf for none.
         log_z: log of the estimate of Z, float64 [R] (nats).
         num_resamplings: how often each group has resampled, int32 [R].
     """
 
-    left: Tensor
+    log_w_ended: Tensor
     log_z: Tensor
     num_resamplings: Tensor
 
@@ -437,14 +435,14 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
     row = torch.where(member, row_of[slot].long(), -1)
     ended = member & lanes.ended[slot]
     here = (row >= 0) & ~ended
-    step = (lse_psi - lse0)[row.clamp(min=0)] - lanes.log_psi[slot]
-    log_w = lanes.log_w[slot] + torch.where(here, step, 0.0)
+    increment = (lse_psi - lse0)[row.clamp(min=0)] - lanes.log_psi[slot]
+    log_w = lanes.log_w[slot] + torch.where(here, increment, 0.0)
     position = lanes.position[slot] + here
     highest = torch.where(here, position, 0).amax(-1)
     lowest = torch.where(here, position, highest[:, None]).amin(-1)
     last = torch.where(here, lanes.last[slot], 0).amax(-1)
     complete = here.sum(-1) + ended.sum(-1) == groups.sizes
-    allowed = complete & (lowest == highest) & (lowest > 1) & (lowest < last)
+    allowed = complete & (lowest == highest) & may_resample(lowest, last)
     uniforms = counter_uniforms(at_position(groups.keys, lowest.long()), slot.shape[-1])
     parent, log_w, _, resampled = resample(
         log_w, here, allowed, groups.thresholds, groups.schemes, uniforms, groups.pinned
@@ -463,8 +461,36 @@ def advance(lanes: Lanes, groups: Groups, row_of: Tensor, lse0: Tensor, lse_psi:
     )
 
 
-#: Rows of the report of ``settle``.
-REPORT = ("ancestors", "log_w", "log_p", "log_psi", "resampled", "log_z", "num_resamplings")
+def base_gain(base: Tensor, log_psi: Tensor, before: Tensor) -> Tensor:
+    """Return what a drawn token adds to the weight where the proposal is p0 (``base``); all [L].
+
+    With q = p0 it is psi_t / psi_{t-1} (Zhao et al. 2024, Eq. 10), known only once the token is. With the twist-induced
+    proposal the weight was complete before the draw: nothing.
+    """
+    return torch.where(base, log_psi - before, 0.0)
+
+
+def kept_log_psi(log_psi: Tensor) -> Tensor:
+    """Return log psi of the tokens drawn as the next step divides by it: 0 where it is not finite.
+
+    A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
+    """
+    return torch.nan_to_num(log_psi, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class Report(NamedTuple):
+    """Rows of the report of ``settle``, [L] each; the last two are of the lane's group."""
+
+    ancestors: Any
+    log_w: Any
+    log_p: Any
+    log_psi: Any
+    resampled: Any
+    log_z: Any
+    num_resamplings: Any
+
+
+REPORT = Report._fields
 
 
 def settle(
@@ -487,7 +513,7 @@ def settle(
 
     A lane that had ended before stays as it is. Then, for the groups that have a lane in the batch:
 
-        log_z            = log(sum of the weights of all members + exp(left)) - log(particles)
+        log_z            = log(sum of the weights of all members + exp(log_w_ended)) - log(particles)
         num_resamplings += whether the group resampled
 
     Args:
@@ -505,7 +531,7 @@ def settle(
     slots = order.scatter(0, row[inside], slot[inside])
     before = lanes.ended[slots]
     lanes.log_p[slots] = torch.where(before, lanes.log_p[slots], moved.log_p + log_p)
-    log_psi = torch.nan_to_num(log_psi, nan=0.0, posinf=0.0, neginf=0.0)
+    log_psi = kept_log_psi(log_psi)
     lanes.log_psi[slots] = torch.where(before, lanes.log_psi[slots], log_psi)
     if gain is not None:
         lanes.log_w[slots] += torch.where(before, 0.0, gain)
@@ -515,21 +541,21 @@ def settle(
     of_group = order.scatter(0, row[inside], inside.nonzero()[:, 0])
     touched, at = inside.any(-1), groups.rows.long()
     weights = torch.where(member, lanes.log_w[slot], float("-inf"))
-    log_z = torch.logsumexp(torch.cat([weights, totals.left[at, None]], 1), -1) - groups.particles.double().log()
+    log_z = torch.logsumexp(torch.cat([weights, totals.log_w_ended[at, None]], 1), -1) - groups.particles.double().log()
     fired = torch.zeros_like(touched).index_put((of_group[moved.resampled],), torch.ones_like(touched[:1]))
     totals.log_z[at] = torch.where(touched, log_z, totals.log_z[at])
     totals.num_resamplings[at] += fired
     of_total = at[of_group]
-    columns = (
-        moved.ancestors,
-        lanes.log_w[slots],
-        lanes.log_p[slots],
-        lanes.log_psi[slots],
-        moved.resampled,
-        totals.log_z[of_total],
-        totals.num_resamplings[of_total],
+    report = Report(
+        ancestors=moved.ancestors,
+        log_w=lanes.log_w[slots],
+        log_p=lanes.log_p[slots],
+        log_psi=lanes.log_psi[slots],
+        resampled=moved.resampled,
+        log_z=totals.log_z[of_total],
+        num_resamplings=totals.num_resamplings[of_total],
     )
-    return torch.stack([column.double() for column in columns])
+    return torch.stack([row.double() for row in report])
 
 
 def fork_rows(

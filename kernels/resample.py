@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import schemes
 from .twist_softmax import OPTIONS
 
-SYSTEMATIC, STRATIFIED, RESIDUAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
+SYSTEMATIC, STRATIFIED = tl.constexpr(schemes.SYSTEMATIC), tl.constexpr(schemes.STRATIFIED)
+RESIDUAL = tl.constexpr(schemes.RESIDUAL)
 
 
 @triton.jit

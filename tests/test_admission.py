@@ -13,7 +13,8 @@ from support.engines import ENGINE, EVERY_STEP, assert_rescored, generate, param
 from support.models import HIDDEN, Tiny, save
 
 from vllm_twist import TwistHead, TwistHeadConfig, results
-from vllm_twist.engine.admission import GROUP_KEY, admit, num_engines
+from vllm_twist.engine.admission import admit, num_engines
+from vllm_twist.engine.wire import GROUP_KEY
 from vllm_twist.kernels.ops import MAX_LANES
 
 

@@ -115,7 +115,7 @@ def test_abort(engine, conditional: Tiny, steps: int) -> None:
         core.step()
     assert not core.has_unfinished_requests()
     assert not scheduler.reading and not scheduler.groups and not scheduler.staged and not scheduler.requests
-    assert scheduler.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
 
 
 def test_full_batch_waits_for_the_condition(engine, conditional: Tiny) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,12 @@ KNOWN_KEYS = (
     "the known ones are twist, twist_particles, twist_ess_threshold, twist_resampling, twist_scale, "
     "twist_return_particles, twist_proposal, twist_pinned, twist_condition, twist_trace"
 )
+
+
+def test_settings_need_no_torch() -> None:
+    """Whoever only reads options, or prints their help, does not wait for it."""
+    check = "import sys, vllm_twist.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_defaults() -> None:

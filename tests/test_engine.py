@@ -38,7 +38,7 @@ def test_forks_at_every_step_across_blocks(clean, wide: Tiny, length: int, cachi
 
 def test_rescoring_sees_a_wrong_fork(engine, wide: Tiny, monkeypatch):
     """The check above fails when partial blocks are not copied."""
-    monkeypatch.setattr("vllm_twist.engine.v1.runner.copy_kv_cache_blocks_inplace", lambda *args: None)
+    monkeypatch.setattr("vllm_twist.engine.v1.fork.copy_kv_cache_blocks_inplace", lambda *args: None)
     (output,) = generate(
         engine(wide), [prompt_of(40)], params(max_tokens=40, ignore_eos=True, seed=5, twist_particles=8, **EVERY_STEP)
     )
@@ -74,7 +74,7 @@ def test_ended_particles_free_their_kv_at_once(clean, wide: Tiny):
         for group in filter(lambda group: group.forked, scheduler.groups.values()):
             lanes = [lane for lane in group.lanes.values() if lane.live]
             assert {lane.request.request_id for lane in lanes} == set(scheduler.requests)
-            assert set(scheduler.block_tables.req_to_blocks) <= set(scheduler.requests)
+            assert set(scheduler.blocks.tables.req_to_blocks) <= set(scheduler.requests)
             live.append(len(lanes))
     assert outputs[0].finished
     assert live == sorted(live, reverse=True)

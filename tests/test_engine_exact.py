@@ -188,7 +188,7 @@ def test_broken_engines_fail(engine, small: Tiny, monkeypatch, fault: str):
     from vllm_twist.kernels import reference
 
     if fault == "no fork":
-        name = "runner_v1.fork" if RUNNER == "v1" else "fork_v2.Fork.__call__"
+        name = "v1.runner.fork" if RUNNER == "v1" else "v2.fork.Fork.__call__"
         monkeypatch.setattr(f"vllm_twist.engine.{name}", _without_fork)
     elif fault == "weights lost":
         monkeypatch.setattr(reference, "resample", _identity_resample(reference.resample))

@@ -123,7 +123,7 @@ def fuzzed(llm: Any, requests: list[dict[str, Any]], resets: set[int], condition
             break
     assert not waiting
     # What is left would be the next example's.
-    assert scheduler.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
     assert not scheduler.requests and not scheduler.groups and not scheduler.group_of and not scheduler.reading
     assert not scheduler.staged and not scheduler.ready and scheduler.get_request_counts() == (0, 0)
     assert not worker_of(llm).twist.table.slots

@@ -731,7 +731,7 @@ def test_advance_and_settle_equal_the_reference(k: int, gains: bool, launches: L
     log_psi[:3] = torch.tensor([INF, -INF, NAN])[:count]
     gain = torch.randn(count, generator=random) if gains else None
     totals = no_totals(11)
-    totals.left[groups.rows[:4]] = torch.tensor([-298.0, -INF, -310.0, 0.0], dtype=torch.float64)
+    totals.log_w_ended[groups.rows[:4]] = torch.tensor([-298.0, -INF, -310.0, 0.0], dtype=torch.float64)
     totals.num_resamplings[:] = torch.arange(11)
     outcome = {}
     for backend in ("triton", "torch"):
@@ -762,7 +762,7 @@ def test_advance_and_settle_equal_the_reference(k: int, gains: bool, launches: L
     for g, (members, at) in enumerate(zip(groups.members, groups.rows, strict=True)):
         own = members[members >= 0].long()
         inside = row_of[own[row_of[own] >= 0]].long()
-        weights = torch.cat([state.log_w[own], totals.left[at, None]])
+        weights = torch.cat([state.log_w[own], totals.log_w_ended[at, None]])
         if len(inside):
             expected = weights.logsumexp(0) - math.log(k + 1)
             torch.testing.assert_close(sums.log_z[at], expected, rtol=1e-12, atol=0)
@@ -770,7 +770,7 @@ def test_advance_and_settle_equal_the_reference(k: int, gains: bool, launches: L
             assert sums.log_z[at] == totals.log_z[at]
         assert sums.num_resamplings[at] == totals.num_resamplings[at] + (g in fired)
         assert (report[5, inside] == sums.log_z[at]).all() and (report[6, inside] == sums.num_resamplings[at]).all()
-    assert torch.equal(sums.left, totals.left)
+    assert torch.equal(sums.log_w_ended, totals.log_w_ended)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -789,7 +789,7 @@ def test_log_z_of_weights_at_the_edge(weights: list[float], left: float, log_z: 
     totals = no_totals(11)
     lanes.log_w[groups.members[0].long()] = torch.tensor(weights, dtype=torch.float64)
     lanes.log_psi[:] = 0
-    totals.left[groups.rows[0]] = left
+    totals.log_w_ended[groups.rows[0]] = left
     row_of = torch.full_like(lanes.last, -1)
     row_of[groups.members[0].long()] = torch.arange(2, dtype=torch.int32)
     groups = groups._replace(particles=torch.full_like(groups.sizes, 2), thresholds=torch.zeros_like(groups.thresholds))

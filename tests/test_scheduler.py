@@ -73,14 +73,14 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        tables = self.block_tables.req_to_blocks
-        before = {name: [block.block_id for block in blocks] for name, blocks in tables.items()}
+        held = self.blocks.tables.req_to_blocks
+        before = {name: [block.block_id for block in blocks] for name, blocks in held.items()}
         outputs = update(self, scheduler_output, model_runner_output)
         for request_id, (preemptions, tables) in noted.pop(id(scheduler_output), {}).items():
             request = self.requests.get(request_id)
             if request is None or request.num_preemptions != preemptions:
                 continue
-            own = [block.block_id for block in self.block_tables.req_to_blocks[request_id]]
+            own = [block.block_id for block in self.blocks.tables.req_to_blocks[request_id]]
             changed.append(own != before[request_id])
             assert all(table == own[: len(table)] for table in tables), f"{request_id}: {tables} in the worker, {own}"
         return outputs
@@ -312,8 +312,8 @@ def refuse(*args: Any, **kwargs: Any) -> int:
 
 def test_long_continuations_take_their_own_size_and_leave_with_their_lanes():
     """Under Model Runner V2 a pinned lane costs its own tokens, once, and the lanes beside it nothing."""
-    from vllm_twist.engine.v1.state import LaneSpec
     from vllm_twist.engine.v2.state import SlotTable
+    from vllm_twist.engine.wire import LaneSpec
 
     def spec(name: str, pinned: tuple[int, ...] | None = None) -> LaneSpec:
         return LaneSpec(name, name, 0, 1, 2**15, 0.5, 0, 1.0, pinned=pinned, group_size=1)

@@ -89,7 +89,7 @@ def test_random_load(engine, wide: Tiny, totals: list[Group], seed: int):
     assert finished > 0.4 * LOAD and finished + refused <= sent and totals
     core.step()
     scheduler = scheduler_of(llm)
-    assert scheduler.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
     assert not scheduler.requests and not scheduler.groups and not scheduler.group_of
     assert scheduler.get_request_counts() == (0, 0)
     assert not worker_of(llm).twist.table.slots

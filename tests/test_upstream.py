@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -261,3 +263,29 @@ def test_copy_on_write_list_keeps_and_frees_both_ends():
     assert "retained_blocks = [block for pair in pending_copies for block in pair]" in inspect.getsource(
         KVCacheManager.take_kv_cache_block_copies
     )
+
+
+def private_names(path: Path) -> set[str]:
+    """Return the attributes with private names in a file of the engine that are not of its own classes."""
+    own, used = {"_replace", "_fields"}, set()  # those of named tuples are public
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            own.add(node.attr)
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            if ast.unparse(node.value) not in ("self", "cls") or node.attr not in own:
+                used.add(node.attr)
+    return used - {"_replace", "_fields"}
+
+
+def test_private_state_in_use_is_in_the_ledger(repo_root: Path):
+    engine = repo_root / "vllm_twist/engine"
+    used = {str(path.relative_to(engine)): private_names(path) for path in engine.rglob("*.py")}
+    assert "_sample_random" in used["v2/sampler.py"] and "_pending_cow_copies" in used["kv_blocks.py"]
+    sections = re.split(r"^``([\w/]+\.py)``$", compat.__doc__ or "", flags=re.M)[1:]
+    entries = zip(sections[::2], sections[1::2], strict=True)
+    ledger = {file: set(re.findall(r"``[\w.]*?\b(_\w+)``", text)) for file, text in entries}
+    assert {file: names for file, names in used.items() if names} == {file: n for file, n in ledger.items() if n}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_twist.kernels.reference import SCHEMES
+from vllm_twist.kernels.schemes import SCHEMES
 
 PREFIX = "twist"
 PROPOSALS = ("twist", "base")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vllm_twist.config import did_you_mean
 from vllm_twist.kernels import reference
-
-SCHEMES = reference.SCHEMES
+from vllm_twist.kernels.schemes import SCHEMES as SCHEMES
 
 
 class Resampled(NamedTuple):

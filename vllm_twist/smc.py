@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_twist.config import did_you_mean
+from vllm_twist.kernels.schemes import is_uneven, may_resample
 from vllm_twist.resampling import ess, log_mean_exp
 
 #: Draw one index per row: log-probabilities [N, n], normalised or not, to int64 [N]. N may be 0.
@@ -143,7 +144,8 @@ def smc(
         )
     weigh_first = order == "weigh_first"
     if resample_at is None:
-        resample_at = range(2 if weigh_first else 1, target.horizon)
+        horizon = target.horizon
+        resample_at = [t for t in range(1, horizon) if not weigh_first or may_resample(t, horizon)]
     is_pinned = torch.arange(particles) < (0 if pinned is None else 1)
     ended = torch.zeros(particles, dtype=torch.bool)
     num_resamplings = 0
@@ -154,10 +156,9 @@ def smc(
         live, free = torch.nonzero(~ended)[:, 0], torch.nonzero(~ended & ~is_pinned)[:, 0]
         if len(live) < 2:
             return log_w, *state
-        log_mean = log_mean_exp(log_w[live])
-        uneven = threshold >= 1 or ess(log_w[live]) < threshold * len(live)
-        if not torch.isfinite(log_mean) or not uneven:
+        if not is_uneven(ess(log_w[live]), threshold, len(live)):
             return log_w, *state
+        log_mean = log_mean_exp(log_w[live])
         num_resamplings += 1
         ancestors = torch.arange(particles)
         ancestors[free] = live[draw(log_w[live].expand(len(free), len(live)))]

@@ -12,11 +12,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_twist.config import PREFIX, TwistConfig
 from vllm_twist.engine.groups import blocks_at_length, longest_that_fits
 from vllm_twist.engine.stop_strings import detector_for
+from vllm_twist.engine.wire import GROUP_KEY
 from vllm_twist.kernels.ops import MAX_LANES
 from vllm_twist.twist import TwistHeadConfig, check_fits
 
-#: Key under which an admitted request's settings travel in ``SamplingParams.extra_args``.
-GROUP_KEY = "twist_group"
 # Temperatures below this are greedy to vLLM.
 _GREEDY = 1e-5
 

@@ -1,4 +1,6 @@
-"""Every patch of vLLM, and nothing else. All other code subclasses or registers.
+"""Every patch of vLLM, and a ledger of its private state that other files of the engine use.
+
+All other code subclasses or registers.
 
 ``EngineArgs`` / ``AsyncEngineArgs``: ``__init__``, ``from_cli_args``, ``add_cli_args``, ``create_engine_config``
     why: options of a plugin have no place of their own; they are put into ``additional_config``, a field like any
@@ -27,6 +29,71 @@
 The frontend patches are applied only once an engine with a twist head is configured, and do
 nothing for engines without one. Every patched signature is asserted by a test. Patches that belong together are
 applied all or none.
+
+What follows is no patch: private names of vLLM's that are read, written, called or overridden, and public ones that are
+replaced on its objects, by file. A test fails for a private name that is not here, or is here and unused.
+
+``kv_blocks.py``
+    ``KVCacheManager.coordinator``, and of its block tables ``req_to_blocks`` and ``num_cached_block`` (written)
+        why: a lane starts from another's blocks, and a fork exchanges some of them
+        can go when: the manager can fork a request
+    ``SingleTypeKVCacheManager._pending_cow_copies``
+        why: a new lane gets a copy of the leader's partial block
+        can go when: as above
+``scheduler.py``
+    ``Scheduler._update_request_with_output`` (overridden)
+        why: a particle ends where its text first contains a stop string, which vLLM looks for in the frontend
+        can go when: stop strings are seen by the scheduler
+    ``Scheduler._pause_state``, ``Scheduler._enqueue_waiting_request``, ``Scheduler._preempt_request``
+        why: a group enters, waits and is preempted as a whole
+        can go when: a scheduler can be told which requests belong together
+    ``Request._output_token_ids``, ``Request._all_token_ids``, ``Request._block_hasher``
+        why: a fork replaces a request's tokens and block hashes; a new lane's hashes are its leader's
+        can go when: a request can be forked
+    ``next_decode_eligible_step`` of a request
+        why: lanes ahead of their group are kept out of the next batch
+        can go when: as for the group
+``worker.py``
+    ``torch.cpu._init_amx``
+        why: in bfloat16 vLLM's attention uses AMX before PyTorch has asked Linux for it
+        can go when: vLLM's CPU worker asks
+``readout.py``
+    ``compute_logits`` of the model (replaced)
+        why: the head reads the hidden states that the LM head sees
+        can go when: logits processors are given them
+``stop_strings.py``
+    ``token_ids``, ``tokens`` and ``stream`` of a detokenizer (copied)
+        why: a particle's text forks with it
+        can go when: a detokenizer can be copied
+``v1/runner.py``
+    ``Sampler.topk_topp_sampler``, ``Sampler.apply_temperature`` (replaced on the runner's sampler)
+        why: nothing is drawn where lanes alone are in the batch; rows of low temperature are centred first
+        can go when: a sampler can be plugged in
+    ``input_batch``, ``requests``, ``discard_request_mask`` of the runner
+        why: the rows of the lanes, and which of them are unfinished prefills
+        can go when: logits processors are told
+    ``ModelRunnerOutput.aux_output_connector_output`` (written)
+        why: the step travels to the scheduler in it
+        can go when: a worker's output has a field for plugins
+``v1/fork.py``
+    ``input_batch``, ``requests`` and ``kv_caches`` of the runner (written)
+        why: a fork of token rows, block tables and partial blocks
+        can go when: the runner can fork a request
+``v2/runner.py``
+    ``sampler`` and ``aux_output_connector`` of the runner (replaced)
+        why: the step is drawn inside the sampler, and its report rides the runner's asynchronous copy
+        can go when: both can be plugged in
+    ``execute_model_state`` of the runner
+        why: the batch is known before its logits are made
+        can go when: logits processors are called before that
+``v2/sampler.py``
+    ``Sampler._sample_random`` (overridden), and the sampler's whole state, taken over
+        why: lanes are drawn from the twisted law, after all that makes p0
+        can go when: a sampler can be plugged in
+``v2/fork.py``
+    ``req_states``, ``block_tables``, ``kv_caches`` of the runner and ``penalties_state`` of its sampler (written)
+        why: a fork on the device, in the stream of the sampler
+        can go when: the runner can fork requests
 """
 
 from __future__ import annotations
@@ -271,69 +338,77 @@ def _wrap_plain(original: Callable) -> Callable:
     return plain
 
 
+def _wrap_response(original: Callable) -> Callable:
+    def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        response = original(self, final_res_batch, *args, **kwargs)
+        entries = [
+            entry for result in final_res_batch for entry in (result.kv_transfer_params or {}).get(RESULT_KEY, ())
+        ]
+        if entries:
+            response.kv_transfer_params = {**response.kv_transfer_params, RESULT_KEY: entries}
+        return response
+
+    return request_output_to_completion_response
+
+
+def _wrap_raise(original: Callable) -> Callable:
+    from vllm.exceptions import GenerationError
+
+    def _raise_if_error(self: Any, finish_reason: Any, request_id: str) -> None:
+        if finish_reason == "error":
+            for external_id, message in reversed(_failures.items()):
+                if external_id.startswith(request_id):
+                    raise GenerationError(message)
+        original(self, finish_reason, request_id)
+
+    return _raise_if_error
+
+
+def _wrap_check(original: Callable) -> Callable:
+    from vllm_twist.engine.admission import check_body, is_twisted
+
+    async def _check_model(self: Any, request: Any) -> Any:
+        client = getattr(self, "engine_client", None)
+        if client is not None and is_twisted(client.vllm_config):
+            try:
+                check_body({**(request.model_extra or {}), **request.__dict__})
+            except ValueError as error:
+                return self.create_error_response(error)
+        return await original(self, request)
+
+    return _check_model
+
+
+def _wrap_raw(original: Callable) -> Callable:
+    from vllm_twist.engine.admission import check_body, is_twisted
+
+    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+        if raw_request is not None and is_twisted(self.engine_client.vllm_config):
+            try:
+                check_body(await raw_request.json())
+            except ValueError as error:
+                return self.create_error_response(error)
+        return await original(self, request, raw_request)
+
+    return create
+
+
 def _server_patches() -> list[tuple[Any, str, Wrapper]]:
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
     from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.exceptions import GenerationError
 
-    from vllm_twist.engine.admission import check_body, is_twisted
     from vllm_twist.engine.versions import OUTPUTS_CARRY_ERRORS
 
-    def wrap_response(original: Callable) -> Callable:
-        def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            response = original(self, final_res_batch, *args, **kwargs)
-            entries = [
-                entry for result in final_res_batch for entry in (result.kv_transfer_params or {}).get(RESULT_KEY, ())
-            ]
-            if entries:
-                response.kv_transfer_params = {**response.kv_transfer_params, RESULT_KEY: entries}
-            return response
-
-        return request_output_to_completion_response
-
-    def wrap_raise(original: Callable) -> Callable:
-        def _raise_if_error(self: Any, finish_reason: Any, request_id: str) -> None:
-            if finish_reason == "error":
-                for external_id, message in reversed(_failures.items()):
-                    if external_id.startswith(request_id):
-                        raise GenerationError(message)
-            original(self, finish_reason, request_id)
-
-        return _raise_if_error
-
-    def wrap_check(original: Callable) -> Callable:
-        async def _check_model(self: Any, request: Any) -> Any:
-            client = getattr(self, "engine_client", None)
-            if client is not None and is_twisted(client.vllm_config):
-                try:
-                    check_body({**(request.model_extra or {}), **request.__dict__})
-                except ValueError as error:
-                    return self.create_error_response(error)
-            return await original(self, request)
-
-        return _check_model
-
-    def wrap_raw(original: Callable) -> Callable:
-        async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
-            if raw_request is not None and is_twisted(self.engine_client.vllm_config):
-                try:
-                    check_body(await raw_request.json())
-                except ValueError as error:
-                    return self.create_error_response(error)
-            return await original(self, request, raw_request)
-
-        return create
-
     return [
-        (OpenAIServingCompletion, "request_output_to_completion_response", wrap_response),
-        *([] if OUTPUTS_CARRY_ERRORS else [(GenerateBaseServing, "_raise_if_error", wrap_raise)]),
-        (BaseServing, "_check_model", wrap_check),
+        (OpenAIServingCompletion, "request_output_to_completion_response", _wrap_response),
+        *([] if OUTPUTS_CARRY_ERRORS else [(GenerateBaseServing, "_raise_if_error", _wrap_raise)]),
+        (BaseServing, "_check_model", _wrap_check),
         # Whose requests have lost the keys that they do not know.
-        (AnthropicServingMessages, "create_messages", wrap_raw),
-        (ServingTokens, "serve_tokens", wrap_raw),
+        (AnthropicServingMessages, "create_messages", _wrap_raw),
+        (ServingTokens, "serve_tokens", _wrap_raw),
     ]
 
 

@@ -74,6 +74,11 @@ class Lane:
     def live(self) -> bool:
         return self.finish_reason is None
 
+    @property
+    def length(self) -> int:
+        """How many tokens its request has, those included that the worker is still drawing."""
+        return self.request.num_tokens + self.request.num_output_placeholders
+
 
 @dataclass
 class Group:
@@ -124,11 +129,11 @@ class Group:
     def record(self, lane: int, position: int, ancestor: int, log_w: float, resampled: bool) -> None:
         """Note what a step did to a lane."""
         nobody: list[Any] = [None] * self.settings.particles
-        step = self.steps.setdefault(
+        entry = self.steps.setdefault(
             position, {"ancestors": list(nobody), "log_w": list(nobody), "resampled": resampled}
         )
-        step["ancestors"][lane] = ancestor
-        step["log_w"][lane] = log_w if math.isfinite(log_w) else None
+        entry["ancestors"][lane] = ancestor
+        entry["log_w"][lane] = log_w if math.isfinite(log_w) else None
 
     def reweigh(self, log_phi: list[float]) -> None:
         """Put phi in the place of psi at each particle's last token, in the order of the lanes."""
@@ -137,8 +142,13 @@ class Group:
         self.log_z = None
 
     @property
+    def is_weightless(self) -> bool:
+        """Whether no particle has any weight."""
+        return all(lane.log_w == -math.inf for lane in self.lanes.values())
+
+    @property
     def pinned_is_impossible(self) -> bool:
-        """Whether lane 0 is held to a continuation that has probability or weight zero."""
+        """Whether lane 0 is pinned to a continuation that has probability or weight zero."""
         lane = self.lanes[self.id]
         return self.settings.pinned is not None and -math.inf in (lane.log_p, lane.log_w)
 

@@ -58,7 +58,7 @@ def add_cli_args(parser: Any) -> None:
 
 
 def prepare(engine_args: Any) -> None:
-    """Check what must be settled before the engine config is built.
+    """Check what must be right before the engine config is built.
 
     Raises:
         ValueError: the vLLM version, the environment or a combination of options is not supported.
@@ -90,23 +90,12 @@ def prepare(engine_args: Any) -> None:
         )
 
 
-def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
-    """Put the twist classes into a finished engine config.
-
-    Args:
-        unify: keep the KV cache of sliding-window layers as that of full ones, so that all are forked alike.
+def check_model(model: Any) -> None:
+    """Refuse a model whose particles could not be forked.
 
     Raises:
-        ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
+        ValueError: it does not generate, or keeps something that is no KV cache of attention.
     """
-    from vllm import envs
-
-    from vllm_twist.engine.admission import check_head, check_lanes
-    from vllm_twist.engine.scoring import read_potential
-    from vllm_twist.engine.worker import WORKERS
-    from vllm_twist.twist import TwistHead, load_config
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.runner_type != "generate":
         raise ValueError(f"`twist_head` needs a generating model, got runner {model.runner_type!r}: drop it.")
     if model.is_encoder_decoder:
@@ -116,6 +105,19 @@ def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
             f"`twist_head` needs a model of attention layers alone, got {model.model!r}, whose recurrent layers keep a "
             "state that is not forked: use another model."
         )
+
+
+def check_options(vllm_config: Any) -> None:
+    """Refuse what a twisted engine cannot be combined with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    from vllm import envs
+
+    from vllm_twist.engine.worker import WORKERS
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     # What is there in the end counts: each has more than one option or environment variable that brings it.
     for part, name, remedy in (
         ("speculative_config", "speculative_config", "drop it; where the model is a speculator name its target"),
@@ -155,6 +157,25 @@ def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
             f"`twist_head` supports the CPU and CUDA workers of vLLM, this platform uses {parallel.worker_cls!r}: "
             "serve on one of these."
         )
+
+
+def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
+    """Put the twist classes into a finished engine config.
+
+    Args:
+        unify: keep the KV cache of sliding-window layers as that of full ones, so that all are forked alike.
+
+    Raises:
+        ValueError: the model, platform or parallel layout is not supported, or the head does not fit.
+    """
+    from vllm_twist.engine.admission import check_head, check_lanes
+    from vllm_twist.engine.scoring import read_potential
+    from vllm_twist.engine.worker import WORKERS
+    from vllm_twist.twist import TwistHead, load_config
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    check_model(model)
+    check_options(vllm_config)
     head = load_config(twist.head)
     check_head(head, model)
     twist = dataclasses.replace(twist, conditional=head.conditional)
@@ -177,7 +198,7 @@ def configure(vllm_config: Any, twist: TwistConfig, unify: bool = True) -> None:
     parallel.worker_cls = f"{_MODULE}.worker.{WORKERS[parallel.worker_cls]}"
     kind = "TwistAsyncScheduler" if scheduler.async_scheduling else "TwistScheduler"
     scheduler.scheduler_cls = f"{_MODULE}.scheduler.{kind}"
-    processor = "logits_processor_v2:TwistLogitsProcessorV2" if v2 else "logits_processor:TwistLogitsProcessor"
+    processor = "v2.logits_processor:TwistLogitsProcessorV2" if v2 else "v1.logits_processor:TwistLogitsProcessor"
     # Last, so that p0 is complete when the twist is applied.
     model.logits_processors = [*(model.logits_processors or ()), f"{_MODULE}.{processor}"]
     vllm_config.additional_config = {**vllm_config.additional_config, PREFIX: twist.to_dict()}

@@ -82,7 +82,7 @@ class ForksV1:
 
     def __init__(self, processors: Iterable[Any], rows: int, vocab_size: int) -> None:
         self.processors, self.rows = custom(processors), rows
-        #: Dictionaries that were filled before the first request hold no state of one.
+        #: Dictionaries that were filled before the first request have no state of one.
         self.constant: set[tuple[int, str]] = set()
         for processor in self.processors:
             check(processor, rows, vocab_size)
@@ -150,8 +150,8 @@ class ForksV2:
         self.processors, self.slots = custom(processors), slots
         for processor in self.processors:
             check(processor, slots, vocab_size)
-        held = (getattr(value, "gpu", None) for value in vars(states).values())
-        self.forked = {x.data_ptr() for x in held if isinstance(x, Tensor)}
+        tensors = (getattr(value, "gpu", None) for value in vars(states).values())
+        self.forked = {x.data_ptr() for x in tensors if isinstance(x, Tensor)}
 
     def __call__(self, slots: Tensor, ancestors: Tensor) -> None:
         """Give every lane its ancestor's state.

@@ -18,14 +18,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_twist.config import RequestConfig
 from vllm_twist.engine import stop_strings
 from vllm_twist.engine.admission import (
-    GROUP_KEY,
     check_pinned,
     fit_length,
     neutral_params,
@@ -33,10 +31,11 @@ from vllm_twist.engine.admission import (
     shared_again,
 )
 from vllm_twist.engine.groups import Group, Lane, log_sum_exp
+from vllm_twist.engine.kv_blocks import GroupBlocks, check_kv_cache
 from vllm_twist.engine.scoring import Scorer, read_potential
-from vllm_twist.engine.v1.state import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 from vllm_twist.engine.versions import error_fields
-from vllm_twist.kernels.reference import SCHEMES
+from vllm_twist.engine.wire import CONDITION_KEY, GROUP_KEY, LANE_KEY, LaneSpec, TwistStep
+from vllm_twist.kernels.schemes import SCHEMES
 from vllm_twist.results import RESULT_KEY
 
 logger = init_logger(__name__)
@@ -75,17 +74,8 @@ class TwistSchedulerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        kv_groups = self.kv_cache_config.kv_cache_groups
-        if len(kv_groups) != 1 or type(kv_groups[0].kv_cache_spec) is not FullAttentionSpec:
-            kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in kv_groups)
-            raise ValueError(
-                f"`twist_head` needs a model with one KV cache group of full attention, this one has "
-                f"{len(kv_groups)} ({kinds}): where all layers have a sliding window pass `disable_sliding_window`, "
-                "which ends the context with the window; where some have leave `disable_hybrid_kv_cache_manager` out; "
-                "else use another model."
-            )
-        self.block_tables = self.kv_cache_manager.coordinator.single_type_managers[0]
-        self.block_pool = self.kv_cache_manager.block_pool
+        check_kv_cache(self.kv_cache_config)
+        self.blocks = GroupBlocks(self.kv_cache_manager, self.vllm_config)
         #: Twisted requests by the client's request id, from arrival to their one output.
         self.groups: dict[str, Group] = {}
         #: The group of every lane that the base scheduler knows.
@@ -143,8 +133,8 @@ class TwistSchedulerMixin(_Base):
                 request.max_tokens,
                 settings.particles,
                 max_model_len=self.max_model_len,
-                block_size=self.block_tables.block_size,
-                num_blocks=self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks,
+                block_size=self.blocks.block_size,
+                num_blocks=self.blocks.num_usable,
                 share_prompt=request.num_prompt_tokens <= shared_again(self.vllm_config, request.sampling_params),
             )
             request.max_tokens = group.last_position = length - request.num_prompt_tokens
@@ -244,7 +234,7 @@ class TwistSchedulerMixin(_Base):
             if self._pause_state == PauseState.PAUSED_NEW:
                 self._let_lanes_drain()
             self._make_room()
-            self._hold_lanes_ahead()
+            self._keep_lanes_back()
             self._brief_lanes()
         if self.scorer and not (self.staged or any(super().get_request_counts())):
             # Nothing to run until phi is known. New requests wait that long at most.
@@ -290,10 +280,8 @@ class TwistSchedulerMixin(_Base):
             if gang and self._slots_in_use() + slots > capacity:
                 return
             if group is not None:
-                free = self.block_pool.get_num_free_blocks() - sum(
-                    max(0, self._blocks_wanted(other)) for other in self._active_groups()
-                )
-                if self._blocks_wanted(group) + self.kv_cache_manager.watermark_blocks > free:
+                free = self.blocks.num_free - sum(max(0, self.blocks.wanted(other)) for other in self._active_groups())
+                if self.blocks.wanted(group) + self.blocks.watermark > free:
                     return
             self.staged.pop_request()
             if group is None:
@@ -307,40 +295,11 @@ class TwistSchedulerMixin(_Base):
         group.parked = False
         group.entering = True
         if not group.forked:
-            # The copies of the partial prompt block are set aside now, so that forking cannot fail.
-            partial = (group.leader.num_prompt_tokens - 1) % self.block_tables.block_size
-            if partial:
-                group.reserve = self.block_pool.get_new_blocks(group.settings.particles - 1)
+            self.blocks.reserve(group)
         for lane in group.live_lanes():
             self.group_of[lane.request.request_id] = group
             self.requests[lane.request.request_id] = lane.request
             self._enqueue_waiting_request(lane.request)
-
-    def _blocks_wanted(self, group: Group) -> int:
-        """Return how many more blocks the group needs until each live lane has its next token."""
-        block_size = self.block_tables.block_size
-        if not group.forked:
-            prompt = group.leader.num_prompt_tokens
-            shared = (prompt - 1) // block_size
-            total = shared + group.settings.particles * (-(-(prompt + 1) // block_size) - shared)
-            return total - len(group.reserve) - self._held(group.id)
-        wanted = 0
-        again = shared_again(self.vllm_config, group.leader.sampling_params)
-        to_compute: set[Any] = set()
-        for lane in group.live_lanes():
-            request = lane.request
-            blocks = -(-(_length(request) + 1) // block_size)
-            held = self._held(request.request_id)
-            if held == 0 and again:
-                # A preempted lane: prefixes that it shares with others will be shared again, but for the last token.
-                full = min(len(request.block_hashes), min(again, request.num_tokens - 1) // block_size)
-                to_compute.update(request.block_hashes[:full])
-                held = full
-            wanted += blocks - held
-        return wanted + len(to_compute)
-
-    def _held(self, request_id: str) -> int:
-        return len(self.block_tables.req_to_blocks.get(request_id, ()))
 
     # ---- whole-group preemption -----------------------------------------------------------
 
@@ -352,8 +311,8 @@ class TwistSchedulerMixin(_Base):
         """
         inside = len(self.running) + len(self.waiting) + len(self.kv_holding_waiting)
         # However the step's tokens are shared out, a request needs a block per block_size of them, and one begun.
-        most = self.max_num_scheduled_tokens // self.block_tables.block_size + inside
-        if most <= self.block_pool.get_num_free_blocks():
+        most = self.max_num_scheduled_tokens // self.blocks.block_size + inside
+        if most <= self.blocks.num_free:
             return  # plenty; spares the count on most steps
         while self._blocks_short() > 0:
             units: list[Group | Request] = [group for group in self._active_groups() if self._is_running(group)]
@@ -373,23 +332,22 @@ class TwistSchedulerMixin(_Base):
         return urgency, request.arrival_time, request.request_id
 
     def _is_running(self, group: Group) -> bool:
-        return any(self._held(lane.request.request_id) for lane in group.live_lanes())
+        return any(self.blocks.held(lane.request.request_id) for lane in group.live_lanes())
 
     def _blocks_short(self) -> int:
-        block_size = self.block_tables.block_size
-        wanted = sum(max(0, self._blocks_wanted(group)) for group in self._active_groups())
+        wanted = sum(max(0, self.blocks.wanted(group)) for group in self._active_groups())
         for request in self.running:
             if request.request_id not in self.group_of:
                 ahead = request.num_computed_tokens + self.max_num_scheduled_tokens
                 tokens = min(request.num_tokens_with_spec + request.num_output_placeholders, ahead)
-                wanted += max(0, -(-tokens // block_size) - self._held(request.request_id))
-        return wanted - self.block_pool.get_num_free_blocks()
+                wanted += max(0, self.blocks.wanted_by(request.request_id, tokens))
+        return wanted - self.blocks.num_free
 
     def _park(self, group: Group) -> None:
         """Take a group out of the engine, KV and all; its tokens and weights stay."""
         now = time.monotonic()
         requests = [lane.request for lane in group.live_lanes()]
-        self._cancel_copies(requests)
+        self.blocks.cancel_copies(requests)
         for request in requests:
             if request.status == RequestStatus.RUNNING:
                 self.running.remove(request)
@@ -401,27 +359,9 @@ class TwistSchedulerMixin(_Base):
         self.waiting.remove_requests(requests)
         self.kv_holding_waiting.remove_requests(requests)
         self.deferred_waiting.difference_update(requests)
-        self._drop_reserve(group)
+        self.blocks.drop_reserve(group)
         group.parked = True
         self.staged.prepend_request(group.leader)
-
-    def _cancel_copies(self, requests: list[Request]) -> None:
-        """Forget copies into these lanes that no step has run yet; they would hold on to their blocks."""
-        tables = self.block_tables
-        if not tables._pending_cow_copies:
-            return
-        own = {id(block) for request in requests for block in tables.req_to_blocks.get(request.request_id, ())}
-        pending = tables.take_pending_cow_copies()
-        for source, copy in pending:
-            if id(copy) in own:
-                self.block_pool.free_blocks([source, copy])
-            else:
-                tables._pending_cow_copies.append((source, copy))
-
-    def _drop_reserve(self, group: Group) -> None:
-        if group.reserve:
-            self.block_pool.free_blocks(group.reserve)
-            group.reserve = []
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
@@ -446,7 +386,7 @@ class TwistSchedulerMixin(_Base):
 
     # ---- lockstep -------------------------------------------------------------------------
 
-    def _hold_lanes_ahead(self) -> None:
+    def _keep_lanes_back(self) -> None:
         """Keep lanes that are a token ahead of their group out of the next batch; so is a leader before its fork."""
         for group in self._active_groups():
             if any(lane.detector and lane.request.num_output_placeholders for lane in group.live_lanes()):
@@ -454,12 +394,12 @@ class TwistSchedulerMixin(_Base):
                 for lane in group.live_lanes():
                     lane.request.next_decode_eligible_step = self.current_step + 2
                 continue
-            lengths = [_length(lane.request) for lane in group.live_lanes()]
+            lengths = [lane.length for lane in group.live_lanes()]
             slowest = min(lengths) if group.forked else group.leader.num_prompt_tokens
             if max(lengths) == slowest:
                 continue
             for lane in group.live_lanes():
-                if _length(lane.request) > slowest:
+                if lane.length > slowest:
                     lane.request.next_decode_eligible_step = self.current_step + 2
 
     def _brief_lanes(self) -> None:
@@ -469,13 +409,13 @@ class TwistSchedulerMixin(_Base):
                 continue
             waiting = [lane for lane in group.live_lanes() if lane.request.status != RequestStatus.RUNNING]
             group.entering = bool(waiting) or not group.forked
-            left = log_sum_exp([lane.log_w for lane in group.lanes.values() if not lane.live])
+            log_w_ended = log_sum_exp([lane.log_w for lane in group.lanes.values() if not lane.live])
             for lane in waiting:
                 extra = lane.request.sampling_params.extra_args
                 extra[LANE_KEY] = dataclasses.replace(
                     extra[LANE_KEY],
                     group_size=group.num_live,
-                    left=left,
+                    log_w_ended=log_w_ended,
                     num_resamplings=group.num_resamplings,
                     log_w=lane.log_w,
                     log_p=lane.log_p,
@@ -497,17 +437,29 @@ class TwistSchedulerMixin(_Base):
             if (group := self.group_of.get(lane_id)) is not None
             and not group.lanes[lane_id].request.num_stale_output_tokens
         }
-        # Read before the forks: a parent's history may be copied more than once.
+        self._mirror_forks(step, touched)
+        self._mirror_weights(step, touched)
+        failed = self._why_failed(step, touched)
+        for group in {group.id: group for group in touched.values()}.values():
+            if not group.forked:
+                self._create_lanes(group)
+        for group_id, reason in failed.items():
+            self._fail(self.groups[group_id], reason)
+
+    def _mirror_forks(self, step: TwistStep, touched: dict[str, Group]) -> None:
+        """Give every replaced lane its parent's tokens, blocks, logprobs and text."""
         forks = [(child, parent) for child, parent in step.forks() if child in touched]
+        # Read before the forks: a parent's history may be copied more than once.
         history = {parent: list(touched[parent].lanes[parent].logprobs) for _, parent in forks}
         for child, parent in forks:
             lanes = touched[child].lanes
             self._fork(lanes[child].request, lanes[parent].request)
             lanes[child].logprobs = list(history[parent])
             lanes[child].detector = stop_strings.fork(lanes[parent].detector)
+
+    def _mirror_weights(self, step: TwistStep, touched: dict[str, Group]) -> None:
+        """Take over the lanes' state and that of their groups."""
         resampled: dict[str, Group] = {}
-        #: Why groups fail, by id: the first reason found, for a group can have several.
-        failed = {group.id: why for lane_id, why in step.failures.items() if (group := touched.get(lane_id))}
         for i, lane_id in enumerate(step.lane_ids):
             group = touched.get(lane_id)
             if group is None:
@@ -525,55 +477,39 @@ class TwistSchedulerMixin(_Base):
                 ancestor = index[step.lane_ids[step.ancestors[i]]]
                 position = lane.request.num_output_tokens + 1
                 group.record(index[lane_id], position, ancestor, lane.log_w, step.resampled[i])
-            if math.isnan(lane.log_w) or lane.log_w == math.inf:
-                failed.setdefault(group.id, GONE_WRONG)
         for group in resampled.values():
             group.num_resamplings += 1
-        for group in {group.id: group for group in touched.values()}.values():
+
+    def _why_failed(self, step: TwistStep, touched: dict[str, Group]) -> dict[str, str]:
+        """Return why groups cannot go on, by id: the first reason found, for a group can have several."""
+        failed = {group.id: why for lane_id, why in step.failures.items() if (group := touched.get(lane_id))}
+        for lane_id, group in touched.items():
+            log_w = group.lanes[lane_id].log_w
+            if math.isnan(log_w) or log_w == math.inf:
+                failed.setdefault(group.id, GONE_WRONG)
+        for group in touched.values():
             if not group.forked:
-                self._create_lanes(group)
+                continue
             # All of them: lanes of weight zero are no failure while others, ended ones too, have some.
-            elif all(lane.log_w == -math.inf for lane in group.lanes.values()):
+            if group.is_weightless:
                 failed.setdefault(group.id, GONE_WRONG)
             elif group.pinned_is_impossible:
                 failed.setdefault(group.id, IMPOSSIBLE)
-        for group_id, reason in failed.items():
-            self._fail(self.groups[group_id], reason)
+        return failed
 
     def _fork(self, child: Request, parent: Request) -> None:
-        """Give the child the parent's tokens and full blocks; its partial block stays its own."""
+        """Give the child the parent's tokens and blocks."""
         child._output_token_ids[:] = parent._output_token_ids
         child._all_token_ids[:] = parent._all_token_ids
         child.block_hashes[:] = parent.block_hashes
-        tables = self.block_tables
-        # All of its known tokens are in the KV cache now, whatever has been scheduled since. The parent enters
-        # the blocks that they fill into the prefix cache, if it has not yet: a block can only be entered once.
-        computed = parent.num_tokens
-        self.kv_cache_manager.cache_blocks(parent, computed)
-        full = computed // tables.block_size
-        parent_blocks = tables.req_to_blocks[parent.request_id]
-        child_blocks = tables.req_to_blocks[child.request_id]
-        first = 0
-        while first < full and child_blocks[first] is parent_blocks[first]:
-            first += 1
-        adopted, dropped = parent_blocks[first:full], child_blocks[first:full]
-        self.block_pool.touch(adopted)
-        child_blocks[first:full] = adopted
-        self.block_pool.free_blocks(reversed(dropped))
-        if parent.request_id in tables.num_cached_block:
-            tables.num_cached_block[child.request_id] = tables.num_cached_block[parent.request_id]
+        self.blocks.fork(child, parent)
 
     def _create_lanes(self, group: Group) -> None:
         """Create the other lanes from the leader, whose prompt has just been computed.
 
-        They share the full blocks of its first P-1 tokens, get a copy of the partial one through
-        the KV manager's copy-on-write list, and recompute the prompt's last token for its logits.
+        They start from its KV blocks of the first P-1 tokens, and recompute the prompt's last one for its logits.
         """
         leader = group.leader
-        tables = self.block_tables
-        computed = leader.num_prompt_tokens - 1
-        full, partial = divmod(computed, tables.block_size)
-        leader_blocks = tables.req_to_blocks[leader.request_id]
         for index in range(1, group.settings.particles):
             lane_id = group.lane_id(index)
             # Its hashes are the leader's: no hasher yet, which would find them anew.
@@ -582,19 +518,8 @@ class TwistSchedulerMixin(_Base):
             request._block_hasher = leader._block_hasher
             request.block_hashes = list(leader.block_hashes)
             request.prefill_stats = None
-            request.num_computed_tokens = computed
-            if computed:
-                blocks = leader_blocks[:full]
-                self.block_pool.touch(blocks)
-                if partial:
-                    source, copy = leader_blocks[full], group.reserve.pop()
-                    # The manager keeps both ends until the copy has run, then frees each once.
-                    self.block_pool.touch([source, copy])
-                    tables._pending_cow_copies.append((source, copy))
-                    blocks = [*blocks, copy]
-                tables.req_to_blocks[lane_id] = blocks
-                if leader.request_id in tables.num_cached_block:
-                    tables.num_cached_block[lane_id] = min(full, tables.num_cached_block[leader.request_id])
+            request.num_computed_tokens = leader.num_prompt_tokens - 1
+            self.blocks.seat(group, request)
             group.lanes[lane_id] = Lane(request, detector=stop_strings.fork(group.lanes[group.id].detector))
             group.entering = True
             self.group_of[lane_id] = group
@@ -700,7 +625,7 @@ class TwistSchedulerMixin(_Base):
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {outcome}"))
                 continue
             group.reweigh(outcome)
-            if all(lane.log_w == -math.inf for lane in group.lanes.values()):
+            if group.is_weightless:
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {NOTHING_LEFT}"))
             elif group.pinned_is_impossible:
                 self.ready.append(self._failure(group, f"Request {group.id} was ended: {IMPOSSIBLE}"))
@@ -734,10 +659,10 @@ class TwistSchedulerMixin(_Base):
 
     def _drop(self, group: Group, status: RequestStatus) -> None:
         """Remove a group with all its lanes and blocks."""
-        self._drop_reserve(group)
+        self.blocks.drop_reserve(group)
         if group.parked:
             self.staged.remove_requests([group.leader])
-        self._cancel_copies([lane.request for lane in group.live_lanes()])
+        self.blocks.cancel_copies([lane.request for lane in group.live_lanes()])
         live = [lane.request.request_id for lane in group.live_lanes()]
         condition_id = _condition_id(group)
         if condition_id in self.reading:
@@ -821,11 +746,6 @@ def _request_of(
         trace_headers=leader.trace_headers,
         block_hasher=block_hasher,
     )
-
-
-def _length(request: Request) -> int:
-    """Return how many tokens a request has, those included that the worker is still drawing."""
-    return request.num_tokens + request.num_output_placeholders
 
 
 def _stack_logprobs(rows: list[tuple[list[int], list[float], int]]) -> LogprobsLists | None:

@@ -34,7 +34,7 @@ class TwistWorkerMixin(_Base):
             # when it first uses it: in an eager model too late for the attention, an illegal instruction till then.
             torch.cpu._init_amx()
         # Each runner's part is imported where it runs: the other's may not exist on this platform.
-        name = "runner_v2.RunnerV2" if self.use_v2_model_runner else "runner_v1.RunnerV1"
+        name = "v2.runner.RunnerV2" if self.use_v2_model_runner else "v1.runner.RunnerV1"
         connect = resolve_obj_by_qualname(f"vllm_twist.engine.{name}")
         self.twist = connect(self.model_runner, self._read_head(read_config(self.vllm_config).head))
         self.readout: Readout = self.twist.readout

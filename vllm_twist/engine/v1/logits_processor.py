@@ -13,7 +13,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_twist.engine.v1.state import COLD, CONDITION_KEY, LANE_KEY, LaneSpec, LaneTable, TwistStep, centre
+from vllm_twist.engine.logit_rows import COLD, centre
+from vllm_twist.engine.v1.state import LaneTable
+from vllm_twist.engine.wire import CONDITION_KEY, LANE_KEY, LaneSpec, TwistStep
 
 
 def _lane_spec(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> LaneSpec | None:

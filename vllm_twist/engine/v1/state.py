@@ -1,143 +1,47 @@
-"""Lanes on the worker: their settings and their SMC state, and one weigh-resample-sample step."""
+"""Lanes on the worker (Model Runner V1): their SMC state, and one weigh-resample-sample step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_twist.engine.groups import effective_sample_size
+from vllm_twist.engine.logit_rows import lineage_logprobs
+from vllm_twist.engine.wire import LaneSpec, TwistStep, conditions_of
 from vllm_twist.kernels import compiled, reference
+from vllm_twist.kernels.schemes import is_uneven, may_resample
 
-#: Key of a lane's ``LaneSpec`` in its ``SamplingParams.extra_args``.
-LANE_KEY = "twist_lane"
-#: Key of a request's own id in the same place, where its last hidden state is wanted: it computes a condition.
-CONDITION_KEY = "twist_condition_of"
 #: Tokens for which the keys of their random numbers are made at once.
 KEYS_AHEAD = 32
-#: Temperatures below which logits lose their row's maximum before they are divided: of logits of thousands float32
-#: has three decimals.
-COLD = 0.2
 
 
-@dataclass(frozen=True)
-class LaneSpec:
-    """What the worker needs to know of a lane; travels in its sampling parameters.
+def _members_of(specs: list[LaneSpec]) -> dict[str, list[int]]:
+    """Return where each group's lanes stand among ``specs``, by their own index.
 
-    Under Model Runner V1 ``top_k`` and ``top_p``, which belong to p0, are applied here, before the
-    twist, instead of by vLLM's sampler, which would apply them after it. Under V2 that sampler
-    applies them first, and the temperature is divided out here where it can be (``inverse_temperature``).
-    ``temperature`` is the request's, whoever divides by it.
-
-    ``group_size`` counts the live lanes of the group when the lane was last sent to the worker;
-    ``log_w`` to ``position`` are its state then, which V2, unlike V1, does not keep over a preemption.
-
-    ``particles`` is K; ``left``, the log of the summed weights of the particles that have ended, and
-    ``num_resamplings`` are the group's state when it was last sent.
-
-    ``base_proposal`` draws from p0 instead of the twist-induced proposal; ``pinned`` is the continuation
-    that lane 0 is held to. ``condition`` is what a conditional head reads of o_T, float32 [H] as bytes.
+    Not by row: where a lane stands in the batch must not change what is drawn.
     """
-
-    lane_id: str
-    group_id: str
-    index: int
-    seed: int
-    last_position: int
-    ess_threshold: float
-    scheme: int
-    scale: float
-    top_k: int = 0
-    top_p: float = 1.0
-    num_logprobs: int | None = None
-    base_proposal: bool = False
-    pinned: tuple[int, ...] | None = None
-    condition: bytes | None = None
-    inverse_temperature: float = 1.0
-    temperature: float = 1.0
-    particles: int = 1
-    left: float = -math.inf
-    num_resamplings: int = 0
-    group_size: int = 0
-    log_w: float = 0.0
-    log_p: float = 0.0
-    log_psi: float = 0.0
-    position: int = 0
+    members: dict[str, list[int]] = {}
+    for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
+        members.setdefault(specs[position].group_id, []).append(position)
+    return members
 
 
-def conditions_of(specs: Iterable[LaneSpec]) -> np.ndarray | None:
-    """Return the lanes' conditions, float32 [L, H]; None where the head reads none."""
-    given = [np.frombuffer(spec.condition, np.float32) for spec in specs if spec.condition is not None]
-    return np.stack(given) if given else None
+def _seats_of(specs: list[LaneSpec], members: dict[str, list[int]]) -> tuple[list[list[int]], list[list[bool]]]:
+    """Return [G, K] where the lane of each index stands, and whether it is there.
 
-
-@dataclass
-class TwistStep:
-    """What one step did to the lanes in the batch; the scheduler mirrors it.
-
-    Lists are aligned with ``lane_ids``; ``ancestors`` are indices into it. ``log_w``, ``log_p`` and
-    ``log_psi`` hold for the particle each lane carries after the step; ``resampled`` says of each
-    lane whether its group did. ``log_z`` and ``num_resamplings`` are those of each lane's group, from V2, which
-    keeps them on the device; V1 leaves them to the scheduler. ``conditions`` holds the last hidden states,
-    float32 [H] as bytes, of the requests that ask for theirs, by request id.
+    Each at its own index, whoever else is there; places without a lane point at the group's first and are never live.
     """
-
-    lane_ids: list[str] = field(default_factory=list)
-    ancestors: list[int] = field(default_factory=list)
-    log_w: list[float] = field(default_factory=list)
-    log_p: list[float] = field(default_factory=list)
-    log_psi: list[float] = field(default_factory=list)
-    resampled: list[bool] = field(default_factory=list)
-    log_z: list[float] | None = None
-    num_resamplings: list[int] | None = None
-    conditions: dict[str, bytes] = field(default_factory=dict)
-    logprobs: dict[str, tuple[list[int], list[float], int]] = field(default_factory=dict)
-    #: Why lanes cannot go on, by lane.
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def forks(self) -> list[tuple[str, str]]:
-        """Return (child, parent) for every lane that was replaced."""
-        return [
-            (self.lane_ids[child], self.lane_ids[parent])
-            for child, parent in enumerate(self.ancestors)
-            if child != parent
-        ]
-
-
-def _is_low(ess: float, threshold: float, live: int) -> bool:
-    """Return whether a group resamples at this ESS; 1 or more means at every step, NaN never does."""
-    return ess == ess and (threshold >= 1 or ess < threshold * live)
-
-
-def centre(logits: Tensor, rows: Tensor) -> Tensor:
-    """Take its maximum off each of the rows [R] of ``logits`` [N, V], in place, and return them, [R, 1].
-
-    That changes no law, but keeps the log-sums of small temperatures small, and so exact. Maxima that are not finite
-    are left, and 0 is returned for them.
-    """
-    peak = logits[rows].amax(-1, keepdim=True)
-    peak = torch.where(torch.isfinite(peak), peak, 0.0)
-    logits[rows] -= peak
-    return peak
-
-
-def lineage_logprobs(scores: Tensor, token: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (token ids, scores, rank) of the drawn token and the ``most`` likely ones, drawn first.
-
-    Args:
-        scores: logits or log-probabilities of the ancestors' rows [N, V].
-        token: drawn from them, [N].
-    """
-    drawn = token[:, None]
-    drawn_score = scores.gather(1, drawn)
-    top = scores.topk(min(most, scores.shape[-1]), dim=-1)
-    ids, values = torch.cat([drawn, top.indices], dim=1), torch.cat([drawn_score, top.values], dim=1)
-    return ids, values, (scores >= drawn_score).sum(-1)
+    width = 1 + max(spec.index for spec in specs)
+    seats = [[group[0]] * width for group in members.values()]
+    live = [[False] * width for _ in members]
+    for seat, taken, group in zip(seats, live, members.values(), strict=True):
+        for position in group:
+            index = specs[position].index
+            seat[index], taken[index] = position, True
+    return seats, live
 
 
 class _Layout:
@@ -170,20 +74,9 @@ class _Layout:
         top_p = [spec.top_p for spec in specs]
         self.top_p = tensor(top_p, torch.float32) if min(top_p) < 1 else None
 
-        members: dict[str, list[int]] = {}
-        # By lane, not by row: where a lane stands in the batch must not change what is drawn.
-        for position in sorted(range(len(specs)), key=lambda i: specs[i].index):
-            members.setdefault(specs[position].group_id, []).append(position)
-        self.groups = members
+        self.groups = members = _members_of(specs)
         self.last = [specs[group[0]].last_position for group in members.values()]
-        width = 1 + max(spec.index for spec in specs)
-        # Each lane at its own index, whoever else is there; places without one point at the first and are never live.
-        seats = [[group[0]] * width for group in members.values()]
-        live = [[False] * width for _ in members]
-        for seat, taken, group in zip(seats, live, members.values(), strict=True):
-            for position in group:
-                index = specs[position].index
-                seat[index], taken[index] = position, True
+        seats, live = _seats_of(specs, members)
         self.members, self.live = tensor(seats), tensor(live, torch.bool)
         firsts = [specs[group[0]] for group in members.values()]
         self.thresholds = [spec.ess_threshold for spec in firsts]
@@ -192,7 +85,8 @@ class _Layout:
         self.group_keys = reference.lane_keys(group_seeds, reference.RESAMPLE_STREAM, torch.zeros_like(group_seeds))
         conditions = conditions_of(specs)
         self.conditions = None if conditions is None else torch.from_numpy(conditions).to(device)
-        self.held = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
+        #: Pinned lanes, and their continuations.
+        self.pins = [(i, spec.pinned) for i, spec in enumerate(specs) if spec.pinned is not None]
         # Lane 0 of a group is its first member, unless it has ended.
         pinned = [spec.pinned is not None for spec in firsts]
         self.pinned = tensor(pinned, torch.bool) if any(pinned) else None
@@ -214,6 +108,15 @@ class _Layout:
             here = {positions[i] for i in group}
             self.common.append(here.pop() if len(here) == 1 else None)
 
+    def may_resample(self) -> list[bool]:
+        """Return which groups may: those whose live lanes are all here, at the same token."""
+        return [
+            complete and at is not None and may_resample(at, last) and threshold > 0 and len(group) > 1
+            for complete, at, last, threshold, group in zip(
+                self.complete, self.common, self.last, self.thresholds, self.groups.values(), strict=True
+            )
+        ]
+
     def advance(self) -> None:
         """Go on to the next token."""
         self.position += 1
@@ -227,6 +130,26 @@ class _Layout:
         self.common = [None if position is None else position + 1 for position in self.common]
 
 
+class _Drawn(NamedTuple):
+    """What a step has drawn, [L].
+
+    Attributes:
+        token, log_p, log_psi: the tokens, with log p0 and log psi of each.
+        log_w: the lanes' weights after them.
+        lse0: normaliser of each lane's p0, whosever token it drew.
+        ancestors: whose children drew; None where no group resampled.
+        resampled: which groups did.
+    """
+
+    token: Tensor
+    log_p: Tensor
+    log_psi: Tensor
+    log_w: Tensor
+    lse0: Tensor
+    ancestors: Tensor | None
+    resampled: list[bool]
+
+
 #: Names of the state tensors, of a table by slot and of a layout by lane.
 _STATE = ("log_w", "log_psi", "log_p", "position")
 
@@ -234,7 +157,7 @@ _STATE = ("log_w", "log_psi", "log_p", "position")
 class LaneTable:
     """SMC state of all lanes on the worker, one slot each, and the step that advances it.
 
-    A lane keeps its slot, and so its weight, while it is out of the batch (held or preempted);
+    A lane keeps its slot, and so its weight, while it is out of the batch (kept back or preempted);
     ``release`` frees it. ``truncate`` applies top-k and top-p as the engine does; ``compile`` has the passes over
     the vocabulary compiled; ``logprobs_mode`` is the engine's.
     """
@@ -273,7 +196,7 @@ class LaneTable:
         """Give a lane a slot with fresh state; a lane that has one keeps it."""
         if spec.lane_id in self.slots:
             return
-        self._settle()
+        self._write_back()
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -290,7 +213,7 @@ class LaneTable:
             slot = self.slots.pop(lane_id, None)
             if slot is None:
                 continue
-            self._settle()
+            self._write_back()
             self._free.append(slot)
             group_id = self._groups.pop(lane_id)
             self.group_sizes[group_id] -= 1
@@ -307,15 +230,15 @@ class LaneTable:
 
     def _lay_out(self, rows: list[int], specs: list[LaneSpec]) -> _Layout:
         if self._layout is None or self._layout[0] != rows or self._layout[1] != specs:
-            self._settle()
+            self._write_back()
             slots = [self.slots[spec.lane_id] for spec in specs]
             layout = _Layout(rows, specs, slots, self.group_sizes, self.device)
             layout.enter(**{name: getattr(self, name)[layout.slots] for name in _STATE})
             self._layout = rows, specs, layout
         return self._layout[2]
 
-    def _settle(self) -> None:
-        """Write the layout's state back to the slots, before either changes."""
+    def _write_back(self) -> None:
+        """Write the layout's state to the slots, before either changes."""
         if self._layout is not None:
             layout = self._layout[2]
             for name in _STATE:
@@ -370,64 +293,71 @@ class LaneTable:
             log_psi = log_psi * layout.scale
 
         layout.advance()
-        # A group may resample when all its live lanes are here, at the same token, neither at the
-        # first token (equal weights) nor at the last (it would only add noise).
-        may = [
-            complete and at is not None and 1 < at < last and threshold > 0 and len(group) > 1
-            for complete, at, last, threshold, group in zip(
-                layout.complete, layout.common, layout.last, layout.thresholds, layout.groups.values(), strict=True
-            )
-        ]
-        resampled, ancestors = may, None
-        if not any(may) and layout.base_proposal is None:
-            lse0, log_w, token, token_log_p, token_log_psi = self.passes.weigh_and_sample(
-                base, log_psi, layout.keys, layout.log_w, layout.log_psi
-            )
-        else:
-            log_psi_q, due = log_psi, layout.log_psi
-            if layout.base_proposal is not None:
-                # The proposal sees nothing of the twist.
-                log_psi_q = log_psi.masked_fill(layout.base_proposal, 0.0)
-                due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
-            lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
-            log_w = layout.log_w + (lse_psi - lse0 - due)
-            resampled, ancestors = self._resample(layout, log_w, may)
-            token, token_log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
-        log_p = layout.log_p if ancestors is None else layout.log_p[ancestors]
-        ancestors = layout.identity if ancestors is None else ancestors
-        if layout.held:
-            places = layout.position.tolist()
-            for i, continuation in layout.held:
-                token[i] = continuation[min(places[i], len(continuation)) - 1]
-        if layout.held or layout.base_proposal is not None:
-            token_log_p, token_log_psi = base[ancestors, token] - lse0[ancestors], log_psi[ancestors, token]
-        if layout.base_proposal is not None:
-            # q = p0: what the token adds to the weight is known only now (Eq. 10).
-            gain = token_log_psi - layout.log_psi[ancestors]
-            log_w = torch.where(layout.base_proposal[:, 0], log_w + gain, log_w)
-        layout.log_w = log_w
-        layout.log_p = log_p + token_log_p
-        # A particle of weight zero keeps it; a twist of zero must not turn it into NaN.
-        layout.log_psi = torch.nan_to_num(token_log_psi, nan=0.0, posinf=0.0, neginf=0.0)
+        drawn = self._weigh_and_draw(layout, base, log_psi)
+        if layout.pins or layout.base_proposal is not None:
+            drawn = self._pin_and_gain(layout, drawn, base, log_psi)
+        ancestors, log_p = layout.identity, layout.log_p
+        if drawn.ancestors is not None:
+            ancestors, log_p = drawn.ancestors, log_p[drawn.ancestors]
+        layout.log_w, layout.log_p = drawn.log_w, log_p + drawn.log_p
+        layout.log_psi = reference.kept_log_psi(drawn.log_psi)
 
         flags = [False] * len(specs)
-        for group, fired in zip(layout.groups.values(), resampled, strict=True):
+        for group, fired in zip(layout.groups.values(), drawn.resampled, strict=True):
             for i in group:
                 flags[i] = fired
-        logprobs = self._logprobs(specs, base, lse0, ancestors, token, raw, None if offsets is None else offsets[rows])
-        self._drawn = token if len(rows) == len(logits) else None
+        taken_off = None if offsets is None else offsets[rows]
+        logprobs = self._logprobs(specs, base, drawn.lse0, ancestors, drawn.token, raw, taken_off)
+        self._drawn = drawn.token if len(rows) == len(logits) else None
         if self._drawn is None:
             logits[layout.rows] = float("-inf")
-            logits[layout.rows, token] = 0.0
+            logits[layout.rows, drawn.token] = 0.0
         return TwistStep(
             lane_ids=layout.lane_ids,
             ancestors=ancestors.tolist(),
-            log_w=log_w.tolist(),
+            log_w=layout.log_w.tolist(),
             log_p=layout.log_p.tolist(),
             log_psi=layout.log_psi.tolist(),
             resampled=flags,
             logprobs=logprobs,
         )
+
+    def _weigh_and_draw(self, layout: _Layout, base: Tensor, log_psi: Tensor) -> _Drawn:
+        """Weigh, resample, then draw, but for what base proposals and pinned lanes have of their own.
+
+        Args:
+            base: logits of p0 [L, V].
+            log_psi: of every next token [L, V].
+        """
+        may = layout.may_resample()
+        if not any(may) and layout.base_proposal is None:
+            lse0, log_w, token, log_p, token_log_psi = self.passes.weigh_and_sample(
+                base, log_psi, layout.keys, layout.log_w, layout.log_psi
+            )
+            return _Drawn(token, log_p, token_log_psi, log_w, lse0, None, may)
+        log_psi_q, due = log_psi, layout.log_psi
+        if layout.base_proposal is not None:
+            # The proposal sees nothing of the twist.
+            log_psi_q = log_psi.masked_fill(layout.base_proposal, 0.0)
+            due = due.masked_fill(layout.base_proposal[:, 0], 0.0)
+        lse0, lse_psi = self.passes.twist_softmax(base, log_psi_q)
+        log_w = layout.log_w + (lse_psi - lse0 - due)
+        resampled, ancestors = self._resample(layout, log_w, may)
+        token, log_p, token_log_psi = self.passes.twist_sample(base, log_psi_q, lse0, ancestors, layout.keys)
+        return _Drawn(token, log_p, token_log_psi, log_w, lse0, ancestors, resampled)
+
+    def _pin_and_gain(self, layout: _Layout, drawn: _Drawn, base: Tensor, log_psi: Tensor) -> _Drawn:
+        """Put the pinned lanes' own tokens in the place of those drawn; weigh what was drawn from p0."""
+        token, log_w = drawn.token, drawn.log_w
+        ancestors = layout.identity if drawn.ancestors is None else drawn.ancestors
+        if layout.pins:
+            places = layout.position.tolist()
+            for i, continuation in layout.pins:
+                token[i] = continuation[min(places[i], len(continuation)) - 1]
+        log_p, token_log_psi = base[ancestors, token] - drawn.lse0[ancestors], log_psi[ancestors, token]
+        if layout.base_proposal is not None:
+            log_w = log_w + reference.base_gain(layout.base_proposal[:, 0], token_log_psi, layout.log_psi[ancestors])
+        return drawn._replace(token=token, log_p=log_p, log_psi=token_log_psi, log_w=log_w)
 
     def _resample(self, layout: _Layout, log_w: Tensor, may: list[bool]) -> tuple[list[bool], Tensor | None]:
         """Resample the groups that may and need to, their ``log_w`` [L] in place.
@@ -438,7 +368,7 @@ class LaneTable:
         # Decided on the host: the engine reads the step back anyway, and few numbers are involved.
         weights = log_w.tolist()
         resampled = [
-            can and _is_low(effective_sample_size([weights[i] for i in group]), threshold, len(group))
+            can and is_uneven(effective_sample_size([weights[i] for i in group]), threshold, len(group))
             for can, threshold, group in zip(may, layout.thresholds, layout.groups.values(), strict=True)
         ]
         if not any(resampled):

@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from vllm_twist.engine.v1.state import COLD, CONDITION_KEY, LANE_KEY
+from vllm_twist.engine.logit_rows import COLD
+from vllm_twist.engine.wire import CONDITION_KEY, LANE_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ class TwistLogitsProcessorV2(LogitsProcessor):
 
     The logits pass through, but for a constant per row where the temperature is low: temperature, min-p, top-k and
     top-p come after the processors and belong to p0, so the twist meets the logits where the token is drawn
-    (``sampler_v2``), which also saves two passes over the vocabulary: one to write the choice into the logits, one to
+    (``v2.sampler``), which also saves two passes over the vocabulary: one to write the choice into the logits, one to
     find it there.
     """
 

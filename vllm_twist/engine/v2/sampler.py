@@ -17,10 +17,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twist.engine.processors import ForksV2
 from vllm_twist.engine.readout import Readout
-from vllm_twist.engine.v1.state import TwistStep
 from vllm_twist.engine.v2.fork import Fork
-from vllm_twist.engine.v2.state import Draw, LaneRows, SlotTable
+from vllm_twist.engine.v2.state import Drawn, LaneRows, SlotTable
+from vllm_twist.engine.wire import TwistStep
 from vllm_twist.kernels import ops
+from vllm_twist.kernels.reference import Report
 
 
 class TwistSampler(Sampler):
@@ -36,7 +37,7 @@ class TwistSampler(Sampler):
         self.table, self.readout, self.fork_processors = table, readout, fork_processors
         self.fork: Fork | None = None
         self.found: LaneRows | None = None
-        self.drawn: Draw | None = None
+        self.drawn: Drawn | None = None
         #: Rows whose hidden states are conditions [C], and the same on the host.
         self.conditions: Tensor | None = None
         self.conditions_np: np.ndarray = np.empty(0, dtype=np.int64)
@@ -149,7 +150,7 @@ class StepOutput:
     condition_ids: list[str]
     conditions: Tensor | None
     found: LaneRows | None = None
-    drawn: Draw | None = None
+    drawn: Drawn | None = None
     num_logprobs: np.ndarray | None = None
     report: np.ndarray | None = None
     logprobs: tuple[np.ndarray, ...] = ()
@@ -173,7 +174,7 @@ class StepOutput:
         if self.drawn is None:
             return TwistStep(conditions=conditions)
         assert self.report is not None and self.found is not None and self.num_logprobs is not None
-        ancestors, log_w, log_p, log_psi, resampled, log_z, num_resamplings = self.report
+        report = Report(*self.report)
         lane_ids = [self.req_ids[row] for row in self.found.rows_np]
         logprobs = {}
         if self.logprobs:
@@ -182,13 +183,13 @@ class StepOutput:
                 logprobs[lane_ids[lane]] = ids[i][: count + 1], values[i][: count + 1], ranks[i]
         return TwistStep(
             lane_ids=lane_ids,
-            ancestors=ancestors.astype(np.int64).tolist(),
-            log_w=log_w.tolist(),
-            log_p=log_p.tolist(),
-            log_psi=log_psi.tolist(),
-            resampled=(resampled != 0).tolist(),
-            log_z=log_z.tolist(),
-            num_resamplings=num_resamplings.astype(np.int64).tolist(),
+            ancestors=report.ancestors.astype(np.int64).tolist(),
+            log_w=report.log_w.tolist(),
+            log_p=report.log_p.tolist(),
+            log_psi=report.log_psi.tolist(),
+            resampled=(report.resampled != 0).tolist(),
+            log_z=report.log_z.tolist(),
+            num_resamplings=report.num_resamplings.astype(np.int64).tolist(),
             conditions=conditions,
             logprobs=logprobs,
         )

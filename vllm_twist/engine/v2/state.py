@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_twist.engine.v1.state import COLD, LaneSpec, centre, conditions_of, lineage_logprobs
+from vllm_twist.engine.logit_rows import COLD, centre, lineage_logprobs
+from vllm_twist.engine.wire import LaneSpec, conditions_of
 from vllm_twist.kernels import ops, reference
 
 NO_LOGPROBS = -1
@@ -41,7 +42,7 @@ class LaneRows:
 
 @dataclass(frozen=True)
 class Pins:
-    """What pinned lanes are held to, one continuation after the other.
+    """What pinned lanes are pinned to, one continuation after the other.
 
     Attributes:
         tokens: int32, as many as all of them have.
@@ -55,7 +56,7 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Drawn:
     """What one step gave, all on the device.
 
     Attributes:
@@ -115,12 +116,17 @@ class SlotTable:
         self.groups: reference.Groups | None = None
         #: By row of a group; see ``_group_rows``.
         self.totals = reference.Totals(
-            left=zeros(torch.float64).fill_(-math.inf), log_z=zeros(torch.float64), num_resamplings=zeros(torch.int32)
+            log_w_ended=zeros(torch.float64).fill_(-math.inf),
+            log_z=zeros(torch.float64),
+            num_resamplings=zeros(torch.int32),
         )
         #: Whether any group may ever resample.
         self.forks = False
 
-        # The host's side. Slots by lane id, groups (rows of the arrays below) by group id.
+        self._set_up_host(num_slots)
+
+    def _set_up_host(self, num_slots: int) -> None:
+        """Make what is kept on the host: slots by lane id, groups (rows of the arrays below) by group id."""
         self.slots: dict[str, int] = {}
         self.is_lane = np.zeros(num_slots, dtype=bool)
         #: Which requests compute a condition.
@@ -139,17 +145,17 @@ class SlotTable:
         self._scaled = np.zeros(num_slots, dtype=bool)
         self._tempered = np.zeros(num_slots, dtype=bool)
         self._from_base = np.zeros(num_slots, dtype=bool)
-        self._held = np.zeros(num_slots, dtype=bool)
-        self._pinned = np.zeros(num_slots, dtype=bool)
+        self._is_pinned = np.zeros(num_slots, dtype=bool)
+        self._has_pinned = np.zeros(num_slots, dtype=bool)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
         #: Continuations of the pinned lanes by slot, on the device, int32; whether ``pins`` has yet to follow.
         self._continuations: dict[int, Tensor] = {}
         self._repin = False
         self._staged: dict[int, tuple[LaneSpec, list[int]]] = {}
-        #: Groups that began or came back, and slots of those of their lanes that have left since the last flush.
+        #: Groups that began or came back, and slots of lanes that are gone since the last flush.
         self._entered: dict[int, LaneSpec] = {}
-        self._left: dict[int, list[tuple[int, bool]]] = {}
+        self._gone: dict[int, list[tuple[int, bool]]] = {}
         self._changed = False
 
     # ---- coming and going -----------------------------------------------------------------
@@ -161,7 +167,7 @@ class SlotTable:
         if row is None:
             row = self._group_rows[spec.group_id] = self._free_rows.pop()
             self._members[row] = -1
-            self._present[row] = self._width[row] = self._pinned[row] = 0
+            self._present[row] = self._width[row] = self._has_pinned[row] = 0
             self._thresholds[row], self._schemes[row], self._seeds[row] = spec.ess_threshold, spec.scheme, spec.seed
             self._particles[row] = spec.particles
             self._entered[row] = spec
@@ -173,8 +179,8 @@ class SlotTable:
         self._seat[spec.lane_id] = spec.group_id, spec.index
         self.is_lane[slot] = True
         self._scaled[slot], self._tempered[slot] = spec.scale != 1.0, spec.inverse_temperature != 1.0
-        self._from_base[slot], self._held[slot] = spec.base_proposal, spec.pinned is not None
-        self._pinned[row] |= self._held[slot]
+        self._from_base[slot], self._is_pinned[slot] = spec.base_proposal, spec.pinned is not None
+        self._has_pinned[row] |= self._is_pinned[slot]
         if spec.pinned is not None:
             self._continuations[slot] = self._upload(spec.pinned, torch.int32)
             self._repin = True
@@ -197,9 +203,9 @@ class SlotTable:
             self._members[row, index] = -1
             self._present[row] -= 1
             self._sizes[row] -= 1
-            self._left.setdefault(row, []).append((slot, ended))
+            self._gone.setdefault(row, []).append((slot, ended))
             if not self._present[row]:
-                del self._group_rows[group_id], self._left[row]
+                del self._group_rows[group_id], self._gone[row]
                 self._entered.pop(row, None)
                 self._free_rows.append(row)
             self.is_lane[slot] = False
@@ -209,8 +215,8 @@ class SlotTable:
 
     def flush(self) -> None:
         """Send what has changed to the device."""
-        if self._left:
-            self._take_leave()
+        if self._gone:
+            self._keep_weights_of_ended()
         if self._entered:
             self._write_totals()
         if self._staged:
@@ -223,23 +229,24 @@ class SlotTable:
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return async_tensor_h2d(np.asarray(values), self.device, dtype)
 
-    def _take_leave(self) -> None:
+    def _keep_weights_of_ended(self) -> None:
         """Keep the weights of particles that have ended, whose slots others may take now."""
-        most = max(map(len, self._left.values()))
-        gone = [left + [(-1, False)] * (most - len(left)) for left in self._left.values()]
-        slots = self._upload([[slot for slot, _ in left] for left in gone], torch.int64)
-        ended = self._upload([[by_host for _, by_host in left] for left in gone], torch.bool)
-        rows = self._upload(list(self._left), torch.int64)
+        most = max(map(len, self._gone.values()))
+        gone = [seats + [(-1, False)] * (most - len(seats)) for seats in self._gone.values()]
+        slots = self._upload([[slot for slot, _ in seats] for seats in gone], torch.int64)
+        ended = self._upload([[by_host for _, by_host in seats] for seats in gone], torch.bool)
+        rows = self._upload(list(self._gone), torch.int64)
         at = slots.clamp(min=0)
         ended = (slots >= 0) & (ended | self.lanes.ended[at])
         weights = torch.where(ended, self.lanes.log_w[at], float("-inf"))
-        before = self.totals.left[rows, None]
-        self.totals.left.index_copy_(0, rows, torch.logsumexp(torch.cat([before, weights], 1), -1))
-        self._left.clear()
+        before = self.totals.log_w_ended[rows, None]
+        self.totals.log_w_ended.index_copy_(0, rows, torch.logsumexp(torch.cat([before, weights], 1), -1))
+        self._gone.clear()
 
     def _write_totals(self) -> None:
         rows = self._upload(list(self._entered), torch.int64)
-        for target, name in ((self.totals.left, "left"), (self.totals.num_resamplings, "num_resamplings")):
+        for name in ("log_w_ended", "num_resamplings"):
+            target = getattr(self.totals, name)
             values = [getattr(spec, name) for spec in self._entered.values()]
             target.index_copy_(0, rows, self._upload(values, target.dtype))
         self._entered.clear()
@@ -305,7 +312,7 @@ class SlotTable:
             keys=self._upload(keys.numpy(), torch.int64),
             particles=self._upload(self._particles[rows], torch.int32),
             rows=self._upload(rows, torch.int32),
-            pinned=self._upload(self._pinned[rows], torch.bool),
+            pinned=self._upload(self._has_pinned[rows], torch.bool),
         )
         self.forks = bool(((self._thresholds[rows] > 0) & (self._width[rows] > 1)).any())
 
@@ -342,7 +349,7 @@ class SlotTable:
         self.offsets.index_copy_(0, self._upload(slots_np, torch.int64), peak.float() / temperature)
 
     @torch.inference_mode()
-    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank) -> Draw:
+    def step(self, logits: Tensor, found: LaneRows, log_psi: Tensor | reference.LowRank) -> Drawn:
         """Weigh, resample, then sample one token for every lane in the batch (Zhao et al. 2024, Prop. 3.3).
 
         Args:
@@ -370,42 +377,48 @@ class SlotTable:
         token, log_p, token_log_psi = ops.twist_sample(
             logits, log_psi, lse0, ancestors, moved.keys, beta, scale_q, rows, **on
         )
-        held = self._held[where].any()
-        if held:
+        pinned = self._is_pinned[where].any()
+        if pinned:
             assert self.pins is not None, "a batch with pinned lanes before flush()"
             at = self.lanes.position[slots].long() - 1
             # Past the end of its own, if it has one, a lane reads something else, which is not taken.
             index = (self.pins.starts[slots] + at).clamp(max=len(self.pins.tokens) - 1)
             token = torch.where(at < self.pins.lengths[slots], self.pins.tokens[index].long(), token)
-        if held or base is not None:
+        if pinned or base is not None:
             log_p, token_log_psi = self._values_of(token, logits, log_psi, lse0, ancestors, beta, scale, rows)
         gain = None
         if base is not None:
-            # q = p0: what the token adds to the weight is known only now (Eq. 10).
-            gain = torch.where(base, token_log_psi - before[ancestors], 0.0)
+            gain = reference.base_gain(base, token_log_psi, before[ancestors])
         report = ops.settle(
             self.lanes, self.groups, self.totals, self.row_of, moved, token, log_p, token_log_psi, gain, **on
         )
-        counts = self._num_logprobs[where]
+        wanted, logprobs = self._logprobs(logits, found, token, ancestors, lse0, beta)
+        return Drawn(token, ancestors, report, wanted, logprobs)
+
+    def _logprobs(
+        self, logits: Tensor, found: LaneRows, token: Tensor, ancestors: Tensor, lse0: Tensor, beta: Tensor | None
+    ) -> tuple[np.ndarray, tuple[Tensor, Tensor, Tensor] | None]:
+        """Return which lanes want logprobs (on the host), and ids, values of the engine's mode and ranks for them."""
+        rows, slots = found.rows, found.slots
+        counts = self._num_logprobs[found.slots_np]
         wanted = np.flatnonzero(counts != NO_LOGPROBS)
-        logprobs = None
-        if len(wanted):
-            index = self._upload(wanted, torch.int64)
-            parents, mode = ancestors[index], self.logprobs_mode
-            given = self.raw if mode.startswith("raw") and self.raw is not None else logits
-            scores = given[parents if rows is None else rows[parents]].float()
-            if mode.startswith("processed") and beta is not None:
-                scores = scores * beta[parents, None]
-            if mode == "processed_logits":
-                scores = scores + self.offsets[slots[parents], None]
-            # Ranks are those of the logits, as vLLM has them.
-            ids, values, ranks = lineage_logprobs(scores, token[index], int(counts.max()))
-            if mode == "processed_logprobs":
-                values = values - lse0[parents, None]
-            elif mode == "raw_logprobs":
-                values = values - scores.logsumexp(-1, keepdim=True)
-            logprobs = ids, values, ranks
-        return Draw(token, ancestors, report, wanted, logprobs)
+        if not len(wanted):
+            return wanted, None
+        index = self._upload(wanted, torch.int64)
+        parents, mode = ancestors[index], self.logprobs_mode
+        given = self.raw if mode.startswith("raw") and self.raw is not None else logits
+        scores = given[parents if rows is None else rows[parents]].float()
+        if mode.startswith("processed") and beta is not None:
+            scores = scores * beta[parents, None]
+        if mode == "processed_logits":
+            scores = scores + self.offsets[slots[parents], None]
+        # Ranks are those of the logits, as vLLM has them.
+        ids, values, ranks = lineage_logprobs(scores, token[index], int(counts.max()))
+        if mode == "processed_logprobs":
+            values = values - lse0[parents, None]
+        elif mode == "raw_logprobs":
+            values = values - scores.logsumexp(-1, keepdim=True)
+        return wanted, (ids, values, ranks)
 
     @staticmethod
     def _values_of(

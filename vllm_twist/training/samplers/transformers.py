@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_twist.kernels.schemes import may_resample
 from vllm_twist.resampling import resample
 from vllm_twist.training.samplers.base import (
     ESS_THRESHOLD,
@@ -62,7 +63,7 @@ class TransformersSampler:
                 log_psi = head_output(self.model, head, hidden, condition)
                 logits = log_p + log_psi
                 log_w[live] += torch.logsumexp(logits, -1) - before
-                if request.law == "smc" and 1 < position < request.max_tokens:
+                if request.law == "smc" and may_resample(position, request.max_tokens):
                     uniforms = torch.rand(len(live), generator=generator, device=device)
                     ancestors, log_w[live], _, resampled = resample(
                         log_w[live], uniforms=uniforms, threshold=ESS_THRESHOLD
