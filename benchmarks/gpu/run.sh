@@ -90,13 +90,12 @@ stage_exactness() {
     call "$PYTHON" -m benchmarks.gpu.smoke --engine-args "$EAGER"
     [ -n "$REHEARSE" ] || call "$PYTHON" -m benchmarks.gpu.smoke --engine-args "$GRAPHS"
     has_pytest || return
-    local chosen graphs runner
-    mapfile -t chosen < <(sed -n 's|^    "\(test_engine[^"]*\)",$|tests/\1|p' tests/test_runner_v2.py)
+    local graphs runner
     for graphs in 0 1; do
         for runner in v2-async v2; do
             local environment=(TWIST_TEST_RUNNER=$runner TWIST_TEST_GRAPHS=$graphs VLLM_USE_V2_MODEL_RUNNER=1)
             [ -n "$REHEARSE" ] && environment+=(TRITON_INTERPRET=1)
-            tests "$runner-graphs-$graphs" "${environment[@]}" -- "${chosen[@]}"
+            tests "$runner-graphs-$graphs" "${environment[@]}" -- tests/test_engine.py tests/test_engine_exact.py -m v2
         done
     done
     gather 80
