@@ -194,7 +194,13 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seconds_bar(what: str, expected: int) -> Iterator[None]:
-    """Show a bar that moves by the second while something runs that reports no progress of its own."""
+    """Show a bar that moves by the second while something runs that reports no progress of its own.
+
+    Not in a file or a pipe, where its control characters would stay.
+    """
+    if not sys.stdout.isatty():
+        yield
+        return
     done = threading.Event()
 
     def move() -> None:

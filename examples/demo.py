@@ -25,8 +25,12 @@ PROMPTS = ["I bought this", "The battery", "After two weeks", "My daughter"]
 PARTICLES = 16
 
 
+#: Of what is printed: 80 columns, the least that a terminal has.
+WIDTH = 80
+
+
 def show(title: str, text: str, note: str = "") -> None:
-    lines = textwrap.wrap(" ".join(text.split()), 92, initial_indent="      ", subsequent_indent="      ")
+    lines = textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="      ", subsequent_indent="      ")
     print(f"    {title}{note}".rstrip(), *lines, sep="\n")
 
 
@@ -34,7 +38,7 @@ def main() -> None:
     print("\nvllm-twist: sampling from a reweighted language model inside vLLM\n")
     print(f"  model  {MODEL}: a tiny LM that writes product reviews, good and bad")
     print(f"  twist  {HEAD}: a head trained to steer it towards positive reviews")
-    print(f"  on     {hardware()} · {versions()}\n")
+    print(f"  on     {hardware()}\n         {versions()}\n")
     started = time.perf_counter()
     with seconds_bar("  starting the engine", expected=25), quiet():
         from vllm import LLM, SamplingParams
@@ -53,9 +57,9 @@ def main() -> None:
     common: dict[str, Any] = {"max_tokens": 60, "seed": 1}
     plain = llm.generate(PROMPTS, SamplingParams(**common, extra_args={"twist": 0}), use_tqdm=False)
     twisted = llm.generate(PROMPTS, SamplingParams(**common), use_tqdm=False)
-    print(f"  One plain sample, and one draw from the target p0 · psi by {PARTICLES} particles, per prompt.")
-    print("  log Z says how likely the target is under the model (nats; the estimate of Z is unbiased),")
-    print("  ESS how many of the particles count in the end.\n")
+    print(f"  One plain sample, and one draw from the target p0 · psi by {PARTICLES} particles,")
+    print("  per prompt. log Z says how likely the target is under the model (nats; the")
+    print("  estimate of Z is unbiased), ESS how many of the particles count in the end.\n")
     for prompt, before, after in zip(PROMPTS, plain, twisted, strict=True):
         group = results(after)[0]
         print(f"  {prompt!r}")
@@ -68,7 +72,9 @@ def main() -> None:
         print()
 
     repeats, max_tokens = 7, 128
-    with tqdm(total=2 * (repeats + 1), desc="  measuring speed", leave=False, file=sys.stdout) as bar:
+    hidden = not sys.stdout.isatty()
+    bars = tqdm(total=2 * (repeats + 1), desc="  measuring speed", leave=False, file=sys.stdout, disable=hidden)
+    with bars as bar:
         rates = measure(
             llm, PROMPTS[0], particles=PARTICLES, max_tokens=max_tokens, repeats=repeats, progress=bar.update
         )

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,20 @@ def test_every_option_is_a_flag_with_help(capsys):
     for option in dataclasses.fields(TrainingConfig):
         assert f"--{option.name.replace('_', '-')}" in shown
         assert f"(default: {option.default})" in shown
+
+
+def test_flags_have_the_names_of_other_trainers(repo_root: Path, tmp_path: Path, prompts: Path, monkeypatch):
+    """``--output-dir``, ``--learning-rate`` and ``--model-revision`` are ``--out``, ``--lr`` and ``--revision``."""
+    seen: list[Any] = []
+    monkeypatch.setattr(cli_train, "TwistTrainer", lambda *args, **options: seen.append(args) or contextlib.nullcontext(
+        SimpleNamespace(train=lambda prompts, out, **options: seen.append(out))
+    ))  # fmt: skip
+    arguments = ["train", "--model", "m", "--potential", "p", "--prompts", str(prompts)]
+    for names in (("--output-dir", "--learning-rate", "--model-revision"), ("--out", "--lr", "--revision")):
+        out, lr, revision = names
+        assert main([*arguments, out, str(tmp_path), lr, "0.5", revision, "v1"]) == 0
+    assert seen[:2] == seen[2:] and seen[1] == tmp_path
+    assert (seen[0][2].lr, seen[0][2].revision) == (0.5, "v1")
 
 
 def test_help_imports_no_command(capsys):

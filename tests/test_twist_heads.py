@@ -360,3 +360,30 @@ def test_path_that_does_not_exist() -> None:
     """A mistyped path is no valid hub id; the real hub client says so without a connection."""
     with pytest.raises(ValueError, match=r"'/no/such/folder' is neither a local folder .* \(HFValidationError\)"):
         TwistHead.from_pretrained("/no/such/folder")
+
+
+def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
+    """By a spy in the place of the hub: the repository is made, and the folder holds the head."""
+    import shutil
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi
+
+    asked: list = []
+
+    def create_repo(self, repo_id, **options):
+        asked.append((repo_id, options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        asked.append((repo_id, options))
+        shutil.copytree(folder_path, tmp_path / "hub")
+        return "https://hub/commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    head = TwistHead.create(TwistHeadConfig("linear", 4, 6))
+    assert head.push_to_hub("head", private=True, commit_message="first") == "https://hub/commit"
+    assert asked == [("head", {"private": True, "exist_ok": True}), ("me/head", {"commit_message": "first"})]
+    loaded = TwistHead.from_pretrained(tmp_path / "hub")
+    assert loaded.config == head.config and torch.equal(loaded.weight, head.weight)

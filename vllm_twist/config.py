@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_twist.kernels.schemes import SCHEMES
+from vllm_twist.options import at_least, check_fields, did_you_mean, flag, integer, number, one_of, option
 
 PREFIX = "twist"
 PROPOSALS = ("twist", "base")
@@ -21,47 +22,14 @@ PROPOSALS = ("twist", "base")
 PINNED_SCHEMES = ("multinomial", "residual")
 
 
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}: pass a whole number.")
-    if value < low:
-        raise ValueError(f"`{name}` must be at least {low}, got {value}: raise it to {low} or more.")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"`{name}` must be a number, got {value!r}: pass a plain number.")
-    try:
-        return float(value)
-    except OverflowError:  # an integer of 309 digits or more, which JSON allows
-        return math.inf
-
-
-def _particles(name: str, value: Any) -> int:
-    return _integer(name, value, 1)
-
-
 def _threshold(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not (math.isfinite(number) and number >= 0):
+    parsed = number(name, value)
+    if not (math.isfinite(parsed) and parsed >= 0):
         raise ValueError(
             f"`{name}` must lie in [0, inf), got {value!r}: 0 never resamples, 0.5 is the default, "
             "1 resamples at every step."
         )
-    return number
-
-
-def _one_of(known: tuple[str, ...]) -> Any:
-    def check(name: str, value: Any) -> str:
-        if value not in known:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}: "
-                "pass one of these."
-            )
-        return value
-
-    return check
+    return parsed
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
@@ -69,30 +37,14 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
         return None
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"`{name}` must be a list of at least one token id, got {value!r}: pass token ids.")
-    return tuple(_integer(name, token, 0) for token in value)
+    return tuple(integer(name, token, 0) for token in value)
 
 
 def _scale(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not math.isfinite(number):
+    parsed = number(name, value)
+    if not math.isfinite(parsed):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}: 1 is the twist as learned, 0 turns it off.")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if value not in (0, 1):
-        raise ValueError(f"`{name}` must be 0 or 1 (false or true), got {value!r}: pass 0 or 1.")
-    return bool(value)
-
-
-def did_you_mean(word: Any, known: tuple[str, ...] | list[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest known word, or nothing."""
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _option(check: Any, help: str, *, request_only: bool = False, **kwargs: Any) -> Any:
-    return field(metadata={"check": check, "help": help, "request_only": request_only}, **kwargs)
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -115,37 +67,34 @@ class RequestConfig:
         trace: whether the result tells the group's life step by step.
     """
 
-    particles: int = _option(_particles, "number of particles per completion", default=16)
-    ess_threshold: float = _option(
+    particles: int = option(at_least(1), "number of particles per completion", default=16)
+    ess_threshold: float = option(
         _threshold,
         "resample when the effective sample size falls below this fraction of the live "
         "particles; 1 or more: at every step, 0: never",
         default=0.5,
     )
-    resampling: str = _option(_one_of(SCHEMES), f"resampling scheme: {', '.join(SCHEMES)}", default="systematic")
-    scale: float = _option(_scale, "factor on the log twist values", default=1.0)
-    return_particles: bool = _option(
-        _flag, "return every particle with its weight, not only the drawn one", default=False
+    resampling: str = option(one_of(SCHEMES), f"resampling scheme: {', '.join(SCHEMES)}", default="systematic")
+    scale: float = option(_scale, "factor on the log twist values", default=1.0)
+    return_particles: bool = option(
+        flag, "return every particle with its weight, not only the drawn one", default=False
     )
-    proposal: str = _option(
-        _one_of(PROPOSALS),
+    proposal: str = option(
+        one_of(PROPOSALS),
         "draw tokens from the twisted model or from the base model",
         request_only=True,
         default="twist",
     )
-    pinned: tuple[int, ...] | None = _option(
+    pinned: tuple[int, ...] | None = option(
         _token_ids, "continuation that one particle is held to", request_only=True, default=None
     )
-    condition: tuple[int, ...] | None = _option(
+    condition: tuple[int, ...] | None = option(
         _token_ids, "what a conditional twist head is given", request_only=True, default=None
     )
-    trace: bool = _option(_flag, "return every step's ancestors and weights", request_only=True, default=False)
+    trace: bool = option(flag, "return every step's ancestors and weights", request_only=True, default=False)
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            name = f"{PREFIX}_{option.name}"
-            checked = option.metadata["check"](name, getattr(self, option.name))
-            object.__setattr__(self, option.name, checked)
+        check_fields(self, prefix=f"{PREFIX}_")
         if self.pinned is not None and self.resampling not in PINNED_SCHEMES:
             raise ValueError(
                 f"`{PREFIX}_resampling` must be one of {', '.join(PINNED_SCHEMES)} with `{PREFIX}_pinned`, got "
@@ -164,7 +113,7 @@ class RequestConfig:
         enabled = True
         for key, value in (extra_args or {}).items():
             if key == PREFIX:
-                enabled = _flag(key, value)
+                enabled = flag(key, value)
             elif key in known:
                 changes[key.removeprefix(f"{PREFIX}_")] = value
             elif key in option_names():
@@ -208,7 +157,7 @@ class TwistConfig:
                 f"`{PREFIX}_potential` must be a string, got {type(self.potential).__name__}: name the callable as "
                 "module:attribute or path.py:attribute; the engine imports it in a process of its own."
             )
-        timeout = _number(f"{PREFIX}_potential_timeout", self.potential_timeout)
+        timeout = number(f"{PREFIX}_potential_timeout", self.potential_timeout)
         if not (math.isfinite(timeout) and timeout > 0):
             raise ValueError(
                 f"`{PREFIX}_potential_timeout` must be a positive number of seconds, got {self.potential_timeout!r}: "

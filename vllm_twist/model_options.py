@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_twist.config import _flag, _one_of, _option
+from vllm_twist.options import check_fields, flag, one_of, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -31,15 +30,17 @@ class ModelOptions:
         ValueError: a value out of range.
     """
 
-    trust_remote_code: bool = _option(_flag, "run the Python code that comes with the base model", default=False)
-    revision: str | None = _option(
-        _revision, "branch, tag or commit of the base model and its tokenizer on the hub", default=None
+    trust_remote_code: bool = option(flag, "run the Python code that comes with the base model", default=False)
+    revision: str | None = option(
+        _revision,
+        "branch, tag or commit of the base model and its tokenizer on the hub",
+        flags=("--model-revision",),
+        default=None,
     )
-    dtype: str = _option(_one_of(DTYPES), "of the base model; auto: what vLLM makes of the model's own", default="auto")
+    dtype: str = option(one_of(DTYPES), "of the base model; auto: what vLLM makes of the model's own", default="auto")
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(ModelOptions):
-            object.__setattr__(self, option.name, option.metadata["check"](option.name, getattr(self, option.name)))
+        check_fields(self)
 
     @property
     def files(self) -> dict[str, Any]:

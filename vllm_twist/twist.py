@@ -15,6 +15,7 @@ the prompt and without special tokens that o_T does not hold itself.
 from __future__ import annotations
 
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -179,6 +180,22 @@ class TwistHead(nn.Module, ABC):
         config = {key: value for key, value in asdict(self.config).items() if value != defaults[key]}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the head to a repository on the Hugging Face hub, made if missing; return the commit's address.
+
+        Args:
+            repo_id: "user/name", which ``from_pretrained`` and ``--twist-head`` take.
+            private: whether a new repository is private; the account's default by default.
+            options: further ones of ``HfApi.upload_folder``: ``commit_message``, ``revision`` or ``create_pr``.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> TwistHead:

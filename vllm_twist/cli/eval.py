@@ -9,22 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_twist.cli import add_options
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, plot, table
 from vllm_twist.model_options import ModelOptions
+from vllm_twist.options import add_flags, options_of
 from vllm_twist.potentials import Potential, load_potential, reads_model
 from vllm_twist.prompts import read_prompts
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers like 1,4,16, got {text!r}") from None
-
-
 def add_parser(subparsers: Any) -> None:
-    defaults = EvaluationConfig()
     parser = subparsers.add_parser(
         "eval",
         description="Measure how well a twist head samples from p0 phi: lower and upper bounds of log Z with and "
@@ -39,28 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line, as text or JSON")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--plot", type=Path, help="picture of the bounds against K (needs vllm-twist[plot])")
-    for name, kind, text in (
-        ("max_tokens", int, "length at which outputs are cut"),
-        ("particles", _numbers, "numbers of particles K, separated by commas"),
-        ("repeats", int, "independent groups per bound"),
-        ("samples", int, "samples of q and of sigma for the divergences"),
-        ("max_draws", int, "samples of p0 to spend per prompt on exact samples of sigma, by rejection"),
-        ("log_phi_max", float, "an upper bound of log phi, for potentials that do not know their own"),
-        ("ess_threshold", float, "resample when ESS falls below this times K, in the rows that do"),
-        ("seed", int, "seed of everything random"),
-        (
-            "condition_tokens",
-            int,
-            "in place of a potential: measure infilling, outputs that so many given tokens follow; every repeat has "
-            "tokens of its own",
-        ),
-    ):
-        default = getattr(defaults, name)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} (default: {shown})"
-        )
-    add_options(parser, ModelOptions)
+    add_flags(parser, options_of(EvaluationConfig))
     parser.add_argument(
         "--engine-args",
         type=json.loads,

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 
-from vllm_twist.cli import add_options
 from vllm_twist.config import RequestConfig
 from vllm_twist.model_options import ModelOptions
+from vllm_twist.options import add_flags, options_of
 from vllm_twist.prompts import encode_prompt, parse_prompt
 from vllm_twist.resampling import ess
 from vllm_twist.results import TwistResult, results
 
+#: The options of a request that are flags.
+OF_REQUEST = ("particles", "ess_threshold", "resampling")
+
 
 def add_parser(subparsers: Any) -> None:
-    defaults = RequestConfig()
     parser = subparsers.add_parser(
         "trace",
         description="Run one twisted request and draw its ancestry: which particles had offspring, when the group "
@@ -33,12 +35,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--plot", type=Path, required=True, help="picture to write (needs vllm-twist[plot])")
     parser.add_argument("--max-tokens", type=int, default=32, help="length at which outputs are cut (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the group (default: 0)")
-    for name in ("particles", "ess_threshold", "resampling"):
-        value = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"as in a request (default: {value})"
-        )
-    add_options(parser, ModelOptions)
+    add_flags(parser, [option for option in options_of(RequestConfig) if option.name in OF_REQUEST])
+    add_flags(parser, options_of(ModelOptions))
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM"
     )
@@ -51,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: flags that are wrong, or matplotlib is missing.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    names = ("particles", "ess_threshold", "resampling")
-    RequestConfig(**{name: getattr(args, name) for name in names})  # refuses what is out of range
+    RequestConfig(**{name: getattr(args, name) for name in OF_REQUEST})  # refuses what is out of range
     model = ModelOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelOptions)})
     prompt = parse_prompt(args.prompt, "`--prompt`")
     args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = {"max_num_seqs": max(64, args.particles), "dtype": model.dtype, **model.files, **args.engine_args}
     llm = vllm.LLM(args.model, twist_head=args.twist_head, **options)
-    extra = {f"twist_{name}": getattr(args, name) for name in names}
+    extra = {f"twist_{name}": getattr(args, name) for name in OF_REQUEST}
     params = vllm.SamplingParams(
         max_tokens=args.max_tokens, seed=args.seed, extra_args={**extra, "twist_trace": 1, "twist_return_particles": 1}
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from vllm_twist.cli import add_options
+from vllm_twist.options import add_flags, options_of
 from vllm_twist.prompts import read_prompts
 from vllm_twist.training import TrainingConfig, TwistTrainer
 
@@ -26,14 +25,16 @@ def add_parser(subparsers: Any) -> None:
         help="log phi of outputs: module:attribute, path.py:attribute, a potential.json or a folder with one",
     )
     parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line, as text or JSON")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the head, which can be served as it is")
+    parser.add_argument(
+        "--out", "--output-dir", type=Path, required=True, help="folder for the head, which can be served as it is"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the metrics for TensorBoard into DIR")
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON",
         help="further arguments of vllm.LLM for the engine that draws, such as '{\"tensor_parallel_size\": 2}'",
     )  # fmt: skip
-    add_options(parser, TrainingConfig)
+    add_flags(parser, options_of(TrainingConfig))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: flags that are wrong or do not fit together, a file that cannot be read.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    names = [option.name for option in dataclasses.fields(TrainingConfig)]
+    names = [option.name for option in options_of(TrainingConfig)]
     config = TrainingConfig.from_options({name: getattr(args, name) for name in names})
     prompts = read_prompts(args.prompts)
     with TwistTrainer(args.model, args.potential, config, engine_args=args.engine_args) as trainer:

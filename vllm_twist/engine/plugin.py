@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from vllm_twist.config import PREFIX, TwistConfig, engine_options
 from vllm_twist.engine import compat
+from vllm_twist.options import add_flags
 
 logger = init_logger(__name__)
 
@@ -48,13 +49,7 @@ def add_cli_args(parser: Any) -> None:
         default=argparse.SUPPRESS,
         help=f"seconds that the potential may take for one group (default: {TwistConfig.potential_timeout:g})",
     )
-    for option in engine_options():
-        flag = f"--{PREFIX}-{option.name.replace('_', '-')}"
-        text = f"{option.metadata['help']} (default: {option.default})"
-        if isinstance(option.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            group.add_argument(flag, type=type(option.default), default=argparse.SUPPRESS, help=text)
+    add_flags(group, engine_options(), prefix=f"{PREFIX}-", suppress=True)
 
 
 def prepare(engine_args: Any) -> None:

@@ -8,6 +8,7 @@ Without resampling these are the IWAE bounds.
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -31,9 +32,35 @@ from vllm_twist.bounds import (
 )
 from vllm_twist.config import PROPOSALS
 from vllm_twist.model_options import ModelOptions
+from vllm_twist.options import at_least, check_fields, number, option
 from vllm_twist.potentials import Continuation, Potential
 from vllm_twist.prompts import Prompt, encode_prompt
 from vllm_twist.results import results, reweigh
+
+
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers like 1,4,16, got {text!r}") from None
+
+
+def _numbers(name: str, value: Any) -> tuple[int, ...]:
+    if not value or min(value) < 1:
+        raise ValueError(f"`{name}` must hold numbers of at least 1, got {list(value)}: pass 1,4,16.")
+    return tuple(value)
+
+
+def _bound(name: str, value: Any) -> float | None:
+    return None if value is None else number(name, value)
+
+
+def _threshold(name: str, value: Any) -> float:
+    if not number(name, value) > 0:
+        raise ValueError(
+            f"`{name}` must be above 0, got {value}: half of the rows do without resampling anyway."
+        )
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -54,30 +81,31 @@ class EvaluationConfig(ModelOptions):
             comes before it; all results are means over o_T, and ``samples`` is not read.
     """
 
-    max_tokens: int = 16
-    particles: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: int = 20
-    samples: int = 200
-    max_draws: int = 20_000
-    log_phi_max: float | None = None
-    ess_threshold: float = 0.5
-    seed: int = 0
-    condition_tokens: int = 0
+    max_tokens: int = option(at_least(1), "length at which outputs are cut", default=16)
+    particles: tuple[int, ...] = option(
+        _numbers, "numbers of particles K, separated by commas", parse=_parse_numbers, default=(1, 4, 16, 64)
+    )
+    repeats: int = option(at_least(2), "independent groups per bound", default=20)
+    samples: int = option(at_least(2), "samples of q and of sigma for the divergences", default=200)
+    max_draws: int = option(
+        at_least(0), "samples of p0 to spend per prompt on exact samples of sigma, by rejection", default=20_000
+    )
+    log_phi_max: float | None = option(
+        _bound, "an upper bound of log phi, for potentials that do not know their own", parse=float, default=None
+    )
+    ess_threshold: float = option(
+        _threshold, "resample when ESS falls below this times K, in the rows that do", default=0.5
+    )
+    seed: int = option(at_least(0), "seed of everything random", default=0)
+    condition_tokens: int = option(
+        at_least(0),
+        "in place of a potential: measure infilling, outputs that so many given tokens follow; every repeat has "
+        "tokens of its own",
+        default=0,
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        lows = {"max_tokens": 1, "repeats": 2, "samples": 2, "max_draws": 0, "condition_tokens": 0}
-        for name, low in lows.items():
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"`{name}` must be at least {low}, got {value}: raise it.")
-        if not self.particles or min(self.particles) < 1:
-            raise ValueError(f"`particles` must hold numbers of at least 1, got {list(self.particles)}: pass 1,4,16.")
-        if not self.ess_threshold > 0:
-            raise ValueError(
-                f"`ess_threshold` must be above 0, got {self.ess_threshold}: half of the rows do without resampling "
-                "anyway."
-            )
+        check_fields(self)
 
 
 @dataclass(frozen=True)
