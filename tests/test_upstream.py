@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import vllm.outputs
 from runners import VLLM
 from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector, PendingAuxOutput
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -78,7 +77,7 @@ def test_overrides_have_the_signatures_of_what_they_override(ours: type, theirs:
 #: What moved between the supported versions, by the minor version from which on it is so: parameters, fields, methods.
 FLAGS = {(0, 32): ["use_fused_sampler"], (0, 33): ["has_topp_only_rows", "use_fused_sampler"]}
 TRUNCATION = {(0, 32): ["logits", "k", "p"], (0, 33): ["logits", "k", "p", "has_topp_only_rows"]}
-NEW = {(0, 33): [(EngineCoreOutput, "error"), (Scheduler, "has_request"), (vllm.outputs, "RequestError")]}
+NEW = {(0, 33): [(EngineCoreOutput, "error"), (Scheduler, "has_request")]}
 
 
 def test_the_sampler_hands_over_its_flags_as_it_did():
