@@ -27,15 +27,15 @@ MAY_IMPORT = {
     "twist": "kernels options config",
     "potentials": "options config prompts model_options",
     "objectives": "options config resampling",
-    "engine": "kernels config results twist potentials",
-    "engine.v1": "kernels config results twist potentials engine",
-    "engine.v2": "kernels config results twist potentials engine",
+    "engine": "kernels options config results twist potentials",
+    "engine.v1": "kernels options config results twist potentials engine",
+    "engine.v2": "kernels options config results twist potentials engine",
     "_import_hook": "engine",
     "activation": "_import_hook",
-    "training": "kernels options config results prompts model_options resampling twist potentials objectives",
+    "training": "kernels options config results prompts model_options resampling bounds twist potentials objectives",
     "evaluation": "kernels options config results prompts model_options resampling bounds twist potentials",
     "cli": "options config results prompts model_options resampling potentials training evaluation",
-    "": "config results twist _import_hook",
+    "": "config results twist potentials _import_hook training",
 }
 #: Parts that may import all of vLLM, and parts that may import what it offers everybody, in functions; others, nothing.
 INSIDE_VLLM = ("engine", "engine.v1", "engine.v2")

@@ -1,4 +1,4 @@
-"""What Model Runner V1 makes of every scenario: V2's processes compare theirs with it. Run by ``test_runner_v2``."""
+"""What Model Runner V1 makes of every scenario: V2's processes compare theirs with it. Run by ``test_engine_v2``."""
 
 from __future__ import annotations
 
