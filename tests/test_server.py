@@ -158,14 +158,16 @@ def test_streaming(client: openai.OpenAI):
 
 
 def test_stop_string_and_logprobs(client: openai.OpenAI):
-    """Stop strings cut the drawn text; logprobs cover its tokens."""
-    whole = complete(client, seed=6, logprobs=2)
+    """A stop string ends particles: a lone one, which nothing else can change, is cut; logprobs cover its tokens."""
+    whole = complete(client, seed=6, logprobs=2, twist_particles=1)
     text = whole.choices[0].text
     assert len(whole.choices[0].logprobs.token_logprobs) == whole.usage.completion_tokens
     stop = text[5:9]
-    cut = complete(client, seed=6, stop=stop)
+    cut = complete(client, seed=6, stop=stop, twist_particles=1)
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
+    assert cut.usage.completion_tokens < whole.usage.completion_tokens
+    assert stop not in complete(client, seed=6, stop=stop).choices[0].text
 
 
 BAD = [
