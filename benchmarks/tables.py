@@ -40,8 +40,10 @@ def machine(row: dict[str, str]) -> str:
 def decoding() -> Iterator[list[str]]:
     """Twisted decoding with K particles against plain sampling with n = K."""
     for row in latest("generate", "model", "particles", "max_tokens", "hardware"):
-        mode = "eager" if "--eager" in row["command"] else "compiled"
-        what = f"decoding against vLLM's own n = K: K = {row['particles']}, T = {row['max_tokens']}, {mode}"
+        model = row["model"].removeprefix("models/")
+        command, mode = row["command"], "compiled"
+        mode = "CUDA graphs" if "cudagraph_mode" in command else "eager" if "--eager" in command else mode
+        what = f"decoding against vLLM's n = K, {model}: K = {row['particles']}, T = {row['max_tokens']}, {mode}"
         yield [what, rate(row, "plain"), rate(row, "twisted"), f"{float(row['ratio']):.2f}", machine(row)]
 
 
@@ -64,10 +66,21 @@ def training_draws() -> Iterator[list[str]]:
             yield [what, rate(row, "twisted"), rate(own, "twisted"), ratio, machine(row)]
 
 
+def kernels() -> Iterator[list[str]]:
+    """The passes over the vocabulary on a GPU against a copy on the same device."""
+    for row in latest("kernels", "op", "size", "dtype", "hardware", "backend"):
+        if (row["backend"], row["dtype"]) != ("triton", "bfloat16") or "128256" not in row["size"]:
+            continue
+        if row["op"] in ("twist_softmax", "twist_sample"):
+            what = f"`{row['op']}` against a device copy: {row['size']}, {row['dtype']}"
+            copy, own = float(row["copy_gb_per_s"]), float(row["gb_per_s"])
+            yield [what, f"{copy:.0f} GB/s", f"{own:.0f} GB/s", f"{own / copy:.2f}", machine(row)]
+
+
 def table() -> str:
     """Return the table in Markdown."""
-    rows = [*decoding(), *training_draws()]
-    rows.append(["all of these on a GPU", "not yet measured", "not yet measured", "", ""])
+    rows = [*decoding(), *kernels(), *training_draws()]
+    rows.append(["on a GPU: models of 8B, other thresholds, draws for training", "not yet measured", "", "", ""])
     lines = [HEADER, ["---"] * len(HEADER), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

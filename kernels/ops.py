@@ -23,9 +23,10 @@ INTS = (torch.int32, torch.int64)
 BACKENDS = ("auto", "triton", "torch")
 #: Lanes per group that the Triton resampler holds in one program's registers.
 MAX_LANES = 1024
-#: Fewest rows for which a low-rank twist stays in factors (``keeps_factors``). By byte count: fewer rows of log psi
-#: stay in the cache of a GPU once written. Not yet measured.
-FUSED_ROWS = 256
+#: Fewest rows for which a low-rank twist stays in factors (``keeps_factors``): more than a batch has. On an H100 it is
+#: 2 to 3.7 times as fast to write the values out, at 16 to 512 rows of 128,256 tokens and rank 64
+#: (benchmarks/results/kernels.csv).
+FUSED_ROWS = 2**16
 
 
 def _triton(backend: str, device: torch.device) -> bool:
@@ -123,7 +124,7 @@ def keeps_factors(rows: int, rank: int, device: torch.device, backend: str = "au
         2 ceil(rows / ROW_BLOCK) rank <= 3 rows  and  rows >= FUSED_ROWS  and  the kernels are used
 
     Both passes over the vocabulary read ``up`` for every block of rows, in place of one write and two reads of
-    log psi. A byte count: not yet measured.
+    log psi: fewer bytes, but not faster so far (``FUSED_ROWS``).
     """
     if rows < FUSED_ROWS or not _triton(backend, device):
         return False
@@ -536,7 +537,7 @@ def fork_rows(
         ValueError: a type, shape, device or backend that does not fit.
     """
     _check_lanes(tables, block_sizes, rows, ancestors, first=first, computed=computed)
-    if not _triton(backend, ancestors.device):
+    if not tables or not _triton(backend, ancestors.device):
         return reference.fork_rows(tables, block_sizes, rows, ancestors, first, computed)
     from . import fork as fused
 
@@ -580,7 +581,7 @@ def copy_partial_blocks(
     """
     _check_lanes(tables, block_sizes, rows, ancestors, computed=computed)
     _check_caches(caches, num_blocks)
-    if not _triton(backend, ancestors.device):
+    if not tables or not _triton(backend, ancestors.device):
         return reference.copy_partial_blocks(caches, num_blocks, tables, block_sizes, rows, ancestors, computed)
     from . import fork as fused
 

@@ -194,7 +194,9 @@ def softmax_pieces_kernel(
     p1, t1 = p0, t0
     whole = end // TILE
     low = piece * tiles_per_piece
-    high = tl.minimum(low + tiles_per_piece, tl.cdiv(end, TILE))
+    high = tl.cdiv(end, TILE)
+    if piece < n_pieces - 1:  # the last one takes what a row that begins in a tile has beyond its vocabulary's tiles
+        high = tl.minimum(low + tiles_per_piece, high)
     first = low
     if not ALIGNED:
         if (low == 0) & (lead > 0):

@@ -33,7 +33,10 @@ from support.runners import RUNNER, marks_v2
 from vllm_twist.engine.groups import Group, log_sum_exp
 
 #: Files that run in processes of their own when (nearly) everything runs, the longest first: they share no engines.
-BESIDE = ("test_training.py", "test_soak.py", "test_kernels.py", "test_server.py", "test_objectives.py")
+#: Those of the benchmarks also close an engine in their process, which those that were there before do not outlive.
+BESIDE = (
+    "test_training.py", "test_soak.py", "test_kernels.py", "test_server.py", "test_objectives.py", "test_benchmarks.py",
+)  # fmt: skip
 EVERYTHING = 20  # files
 
 

@@ -183,7 +183,7 @@ def test_pause_at_any_moment(clean, wide: Tiny, mode: str, length: int):
         params(max_tokens=8, ignore_eos=True, twist=0),
         params(max_tokens=8, ignore_eos=True, seed=2, twist_particles=9, **EVERY_STEP),
     ]
-    for moment in (0, 1, 2, 3, 4, 6, 9) if RUNNER == "v1" else (1, 2):
+    for moment in (0, 1, 2, 3, 4, 6, 9) if RUNNER == "v1" else (1,):
         names = [f"{mode}-{length}-{moment}-{index}" for index in range(3)]
         for name, request in zip(names, requests, strict=True):
             core.add_request(name, {"prompt_token_ids": prompt_of(length)}, request)
