@@ -7,11 +7,9 @@ A subcommand is a module with ``add_parser(subparsers)``, which adds a parser of
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 #: Module and summary by name of the command.
 COMMANDS = {
@@ -19,20 +17,6 @@ COMMANDS = {
     "trace": ("vllm_twist.cli_trace", "one group's life as a picture"),
     "train": ("vllm_twist.cli_train", "learn a twist head for a potential"),
 }
-
-
-def add_options(parser: argparse.ArgumentParser, config: Any) -> None:
-    """Add a flag for each field of a config class that has a ``help``, those of its base class last."""
-    for option in sorted(dataclasses.fields(config), key=lambda option: bool(option.kw_only)):
-        if "help" not in option.metadata:
-            continue
-        flag = f"--{option.name.replace('_', '-')}"
-        text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
-        if isinstance(option.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
-        else:
-            kind = str if option.default is None else type(option.default)
-            parser.add_argument(flag, type=kind, default=option.default, help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_twist.cli import add_options
 from vllm_twist.evaluation import EvaluationConfig, Evaluator, plot, table
+from vllm_twist.flags import add_options
 from vllm_twist.model_options import ModelOptions
 from vllm_twist.potentials import Potential, load_potential, reads_model
 from vllm_twist.prompts import read_prompts

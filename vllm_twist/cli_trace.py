@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_twist.cli import add_options
 from vllm_twist.config import RequestConfig
+from vllm_twist.flags import add_options
 from vllm_twist.model_options import ModelOptions
 from vllm_twist.prompts import encode_prompt, parse_prompt
 from vllm_twist.resampling import ess

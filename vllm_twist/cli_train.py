@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_twist.cli import add_options
+from vllm_twist.flags import add_options
 from vllm_twist.prompts import read_prompts
 from vllm_twist.training import TrainingConfig, TwistTrainer
 
