@@ -553,11 +553,12 @@ def test_low_rank_factors_are_checked() -> None:
 
 
 def test_factors_are_kept_where_they_are_fewer_bytes() -> None:
-    """From 256 rows on, at ranks up to 96, and only for the kernels."""
-    cpu = torch.device("cpu")
-    assert ops.keeps_factors(256, 64, DEVICE, "triton") and ops.keeps_factors(256, 96, DEVICE, "triton")
-    assert not ops.keeps_factors(255, 64, DEVICE, "triton") and not ops.keeps_factors(256, 97, DEVICE, "triton")
-    assert not ops.keeps_factors(256, 64, cpu) and not ops.keeps_factors(256, 64, cpu, "torch")
+    """From ``FUSED_ROWS`` on, at ranks up to 96, and only for the kernels; not where they were measured to be slower."""
+    cpu, rows = torch.device("cpu"), ops.FUSED_ROWS
+    assert ops.keeps_factors(rows, 64, DEVICE, "triton") and ops.keeps_factors(rows, 96, DEVICE, "triton")
+    assert not ops.keeps_factors(rows - 1, 64, DEVICE, "triton") and not ops.keeps_factors(rows, 97, DEVICE, "triton")
+    assert not ops.keeps_factors(rows, 64, cpu) and not ops.keeps_factors(rows, 64, cpu, "torch")
+    assert not any(ops.keeps_factors(measured, 64, DEVICE, "triton") for measured in (16, 64, 256, 512))
 
 
 # Resampling.
