@@ -553,7 +553,7 @@ def test_low_rank_factors_are_checked() -> None:
 
 
 def test_factors_are_kept_where_they_are_fewer_bytes() -> None:
-    """From ``FUSED_ROWS`` on, at ranks up to 96, and only for the kernels; not where they were measured to be slower."""
+    """From ``FUSED_ROWS`` on, at ranks up to 96, for the kernels alone; not where that was measured to be slower."""
     cpu, rows = torch.device("cpu"), ops.FUSED_ROWS
     assert ops.keeps_factors(rows, 64, DEVICE, "triton") and ops.keeps_factors(rows, 96, DEVICE, "triton")
     assert not ops.keeps_factors(rows - 1, 64, DEVICE, "triton") and not ops.keeps_factors(rows, 97, DEVICE, "triton")
